@@ -1,0 +1,86 @@
+# podd's build. `make` alone explains itself.
+
+GO       ?= go
+BIN      := bin
+RUN_ROOT ?= _run
+VERSION  := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+
+# What a build needs from Debian; nothing is installed when all is there.
+DEPS := gcc libc6-dev libseccomp-dev pkg-config
+# And the tests: containers of the unit tests run busybox. nginx and redis are
+# unpacked from their packages, not installed, so that nothing is started.
+TESTDEPS := $(DEPS) busybox-static iproute2 nftables
+
+.DEFAULT_GOAL := help
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest node-test node-shell bench check deps test-deps clean
+
+help: ## Show this
+	@echo "podd: pods on this machine, without a cluster. Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: podd podd-shim podd-cli ## Build bin/podd, bin/podd-shim and bin/podd-cli
+
+# go build is incremental by itself, so these targets always ask it.
+podd:
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/podd ./cmd/podd
+
+podd-shim:
+	@GO='$(GO)' cmd/podd-shim/build.sh $(BIN)/podd-shim
+
+podd-cli:
+	@CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/podd-cli ./cmd/podd-cli
+
+examples-tool:
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/run-examples ./examples/run
+
+run: deps ## Build, then run the example pods in ./_run until Ctrl-C (as root)
+	@echo "==> build"
+	@$(MAKE) --no-print-directory build examples-tool
+	@$(BIN)/run-examples -bin $(BIN) -root $(RUN_ROOT) -manifests examples/manifests
+
+test: test-deps ## Install what the tests need, run all tests (as root), sum up in one line
+	@GO='$(GO)' .ci/tests all
+
+test-all: test-deps ## The same in long: critest serially too, crictl, upstream's kubelet (builds for minutes)
+	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests all
+
+unit: test-deps ## Run the unit tests only
+	@GO='$(GO)' .ci/tests unit
+
+integration: test-deps ## Run the integration tests only (as root)
+	@GO='$(GO)' .ci/tests integration
+
+node-test: test-deps build ## Run the short suite on a stock Debian 12 machine in QEMU: systemd, cgroup v2, AppArmor (as root)
+	@GO='$(GO)' integration/vm/suite
+
+node-shell: test-deps build ## A root shell on that machine, with bin/ and examples/ in /payload/src
+	@GO='$(GO)' integration/vm/payload .cache/vm/payload
+	@integration/vm/vm shell .cache/vm/payload
+
+critest: test-deps ## Run upstream's validation suite of the CRI against bin/podd only (as root)
+	@GO='$(GO)' .ci/tests critest
+
+bench: deps build ## Measure podd next to upstream's kubelet and containerd (as root; builds those at first, for minutes)
+	@integration/peer/build.sh .cache/peers
+	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/bench ./integration/bench
+	@$(BIN)/bench -bin $(BIN) -peers .cache/peers $(BENCH_FLAGS)
+
+# The tags that podd-shim is built with.
+TAGS := seccomp,netgo,osusergo
+
+check: deps ## Look for mistakes: gofmt, vet, staticcheck and, where installed, golangci-lint
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt these:"; echo "$$out"; exit 1; }
+	@$(GO) vet -tags $(TAGS) ./...
+	@cd .ci/tools && $(GO) build -o ../../$(BIN)/staticcheck honnef.co/go/tools/cmd/staticcheck
+	@$(BIN)/staticcheck -tags $(TAGS) ./...
+	@if command -v golangci-lint >/dev/null; then golangci-lint run; fi
+
+deps: ## Install what the build needs from Debian
+	@.ci/deps $(DEPS)
+
+test-deps:
+	@.ci/deps $(TESTDEPS)
+
+clean: ## Remove what was built (./_run stays: its pods may be running)
+	@rm -rf $(BIN)

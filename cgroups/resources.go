@@ -1,0 +1,314 @@
+package cgroups
+
+import (
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/cgroups"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	v1 "k8s.io/api/core/v1"
+	resourcehelper "k8s.io/component-helpers/resource"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	v1helper "k8s.io/kubernetes/pkg/apis/core/v1/helper"
+	v1qos "k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+	"k8s.io/kubernetes/pkg/apis/scheduling"
+)
+
+const (
+	// MinShares and MaxShares are the kernel's bounds of cpu.shares
+	// (kernel/sched/sched.h).
+	MinShares, MaxShares = 2, 262144
+	// DefaultQuotaPeriod is the kubelet's cpuCFSQuotaPeriod in microseconds.
+	DefaultQuotaPeriod = 100000
+	// minQuota is the smallest cpu.cfs_quota_us the kernel takes
+	// (min_cfs_quota_period, kernel/sched/core.c), in microseconds.
+	minQuota = 1000
+
+	guaranteedOOMScoreAdj = -997
+	bestEffortOOMScoreAdj = 1000
+)
+
+// MilliCPUToShares converts thousandths of a CPU to cpu.shares. Zero means
+// that nothing was asked for, which is the smallest weight.
+func MilliCPUToShares(milliCPU int64) uint64 {
+	return uint64(min(max(milliCPU*1024/1000, MinShares), MaxShares))
+}
+
+// MilliCPUToQuota converts thousandths of a CPU to cpu.cfs_quota_us for a
+// period in microseconds, at least 1 ms. Zero stays zero: no limit.
+func MilliCPUToQuota(milliCPU, period int64) int64 {
+	if milliCPU == 0 {
+		return 0
+	}
+	return max(milliCPU*period/1000, minQuota)
+}
+
+// SharesToWeight converts cpu.shares to cgroup v2's cpu.weight for the QoS and
+// pod groups with the kubelet's linear formula of KEP-2254. Containers' groups
+// are the runtime library's affair, which since 2025 fits a curve through the
+// defaults (1024 → 100); the two never weigh against each other as siblings.
+func SharesToWeight(shares uint64) uint64 {
+	switch {
+	case shares == 0:
+		return 0
+	case shares <= MinShares:
+		return 1
+	case shares >= MaxShares:
+		return 10000
+	}
+	return 1 + (shares-2)*9999/262142
+}
+
+// weightToShares is the inverse of SharesToWeight.
+func weightToShares(weight uint64) uint64 { return (weight-min(weight, 1))*262142/9999 + MinShares }
+
+// QOSClass of a pod: its status' class when set, computed otherwise.
+func QOSClass(pod *v1.Pod) v1.PodQOSClass { return v1qos.GetPodQOS(pod) }
+
+// PodOptions are the node's settings that shape pod and container limits.
+type PodOptions struct {
+	// NoCPUQuota is the negation of the kubelet's cpuCFSQuota: CPU limits are
+	// then not enforced.
+	NoCPUQuota bool
+	// QuotaPeriod is cpuCFSQuotaPeriod in microseconds; 0: 100 ms.
+	QuotaPeriod uint64
+	// PIDs is podPidsLimit; 0 or less: none.
+	PIDs int64
+	// MemoryCapacity is the node's memory in bytes, for oom_score_adj.
+	MemoryCapacity int64
+	// GroupOOM is the negation of singleProcessOOMKill: on cgroup v2 an
+	// out-of-memory kill then takes the whole container (memory.oom.group).
+	GroupOOM bool
+}
+
+func (o PodOptions) period() uint64 {
+	if o.QuotaPeriod == 0 {
+		return DefaultQuotaPeriod
+	}
+	return o.QuotaPeriod
+}
+
+// ResourceConfigForPod computes the limits of the pod's group as the kubelet
+// does (pkg/kubelet/cm, ResourceConfigForPod): requests become shares; a limit
+// holds for the pod only when every container has one, or the pod itself.
+func ResourceConfigForPod(pod *v1.Pod, o PodOptions) *specs.LinuxResources {
+	reqs := resourcehelper.PodRequests(pod, resourcehelper.PodResourcesOptions{})
+	cpuLimited, memoryLimited := true, true
+	limits := resourcehelper.PodLimits(pod, resourcehelper.PodResourcesOptions{
+		ContainerFn: func(l v1.ResourceList, _ resourcehelper.ContainerType) {
+			cpuLimited = cpuLimited && !l.Cpu().IsZero()
+			memoryLimited = memoryLimited && !l.Memory().IsZero()
+		},
+	})
+	if resourcehelper.IsPodLevelResourcesSet(pod) {
+		cpuLimited = cpuLimited || !pod.Spec.Resources.Limits.Cpu().IsZero()
+		memoryLimited = memoryLimited || !pod.Spec.Resources.Limits.Memory().IsZero()
+	}
+
+	qos := v1qos.GetPodQOS(pod)
+	shares := MilliCPUToShares(reqs.Cpu().MilliValue())
+	if qos == v1.PodQOSBestEffort {
+		shares = MinShares
+	}
+	r := &specs.LinuxResources{CPU: &specs.LinuxCPU{Shares: &shares}}
+	if qos == v1.PodQOSGuaranteed || qos == v1.PodQOSBurstable && cpuLimited {
+		period := o.period()
+		quota := MilliCPUToQuota(limits.Cpu().MilliValue(), int64(period))
+		if o.NoCPUQuota {
+			quota = -1
+		}
+		r.CPU.Quota, r.CPU.Period = &quota, &period
+	}
+	if qos == v1.PodQOSGuaranteed || qos == v1.PodQOSBurstable && memoryLimited {
+		if m := limits.Memory().Value(); m > 0 {
+			r.Memory = &specs.LinuxMemory{Limit: &m}
+		}
+	}
+	if o.PIDs > 0 {
+		pids := o.PIDs
+		r.Pids = &specs.LinuxPids{Limit: &pids}
+	}
+	r.HugepageLimits = podHugepages(reqs)
+	return r
+}
+
+// podHugepages limits every page size of this kernel: to what is requested, or
+// to nothing.
+func podHugepages(reqs v1.ResourceList) []specs.LinuxHugepageLimit {
+	sizes := hugePageSizes()
+	if len(sizes) == 0 {
+		return nil
+	}
+	wanted := map[int64]int64{}
+	for name, q := range reqs {
+		if v1helper.IsHugePageResourceName(name) {
+			if size, err := v1helper.HugePageSizeFromResourceName(name); err == nil {
+				wanted[size.Value()] += q.Value()
+			}
+		}
+	}
+	out := make([]specs.LinuxHugepageLimit, 0, len(sizes))
+	for _, s := range sizes {
+		out = append(out, specs.LinuxHugepageLimit{Pagesize: s.name, Limit: uint64(wanted[s.bytes])})
+	}
+	return out
+}
+
+// ResourceConfigForContainer computes what CRI's LinuxContainerResources say
+// for one container, as the kubelet does (pkg/kubelet/kuberuntime).
+func ResourceConfigForContainer(pod *v1.Pod, c *v1.Container, o PodOptions) *runtimeapi.LinuxContainerResources {
+	limits := c.Resources.Limits
+	cpuLimit, memoryLimit := limits.Cpu(), limits.Memory()
+	if resourcehelper.IsPodLevelResourcesSet(pod) {
+		// Without a limit of its own the container may use the pod's.
+		if cpuLimit.IsZero() {
+			cpuLimit = pod.Spec.Resources.Limits.Cpu()
+		}
+		if memoryLimit.IsZero() {
+			memoryLimit = pod.Spec.Resources.Limits.Memory()
+		}
+	}
+	request := c.Resources.Requests.Cpu()
+	if _, asked := c.Resources.Requests[v1.ResourceCPU]; !asked {
+		request = cpuLimit
+	}
+	r := &runtimeapi.LinuxContainerResources{
+		CpuShares:          int64(MilliCPUToShares(request.MilliValue())),
+		MemoryLimitInBytes: memoryLimit.Value(),
+		OomScoreAdj:        int64(OOMScoreAdj(pod, c, o.MemoryCapacity)),
+	}
+	if !o.NoCPUQuota {
+		r.CpuPeriod = int64(o.period())
+		r.CpuQuota = MilliCPUToQuota(cpuLimit.MilliValue(), r.CpuPeriod)
+	}
+	if o.GroupOOM {
+		r.Unified = map[string]string{"memory.oom.group": "1"}
+	}
+	r.HugepageLimits = containerHugepages(pod, c)
+	return r
+}
+
+func containerHugepages(pod *v1.Pod, c *v1.Container) []*runtimeapi.HugepageLimit {
+	sizes := hugePageSizes()
+	if len(sizes) == 0 {
+		return nil
+	}
+	wanted := map[int64]uint64{}
+	read := func(l v1.ResourceList) {
+		for name, q := range l {
+			if v1helper.IsHugePageResourceName(name) {
+				if size, err := v1helper.HugePageSizeFromResourceName(name); err == nil {
+					wanted[size.Value()] = uint64(q.Value())
+				}
+			}
+		}
+	}
+	if resourcehelper.IsPodLevelResourcesSet(pod) {
+		read(pod.Spec.Resources.Limits)
+	}
+	read(c.Resources.Limits)
+	out := make([]*runtimeapi.HugepageLimit, 0, len(sizes))
+	for _, s := range sizes {
+		out = append(out, &runtimeapi.HugepageLimit{PageSize: s.name, Limit: wanted[s.bytes]})
+	}
+	return out
+}
+
+// OOMScoreAdj is oom_score_adj of a container's processes (pkg/kubelet/qos):
+// −997 for guaranteed and node-critical pods, 1000 for best effort, and for
+// burstable ones in between, less the more memory was requested of the node's
+// capacity in bytes.
+func OOMScoreAdj(pod *v1.Pod, c *v1.Container, capacity int64) int {
+	if nodeCritical(pod) {
+		return guaranteedOOMScoreAdj
+	}
+	switch v1qos.GetPodQOS(pod) {
+	case v1.PodQOSGuaranteed:
+		return guaranteedOOMScoreAdj
+	case v1.PodQOSBestEffort:
+		return bestEffortOOMScoreAdj
+	}
+	if capacity <= 0 {
+		return bestEffortOOMScoreAdj - 1
+	}
+	score := func(request int64) int { return int(1000 - 1000*request/capacity) }
+	var share int64 // of what the pod requests beyond its containers' sum
+	if resourcehelper.IsPodLevelRequestsSet(pod) && !pod.Spec.Resources.Requests.Memory().IsZero() {
+		sum := resourcehelper.AggregateContainerRequests(pod, resourcehelper.PodResourcesOptions{})
+		rest := pod.Spec.Resources.Requests.Memory().Value() - sum.Memory().Value()
+		share = rest / int64(len(pod.Spec.Containers)+len(pod.Spec.InitContainers))
+	}
+	adj := score(c.Resources.Requests.Memory().Value() + share)
+	if sidecar(pod, c) && len(pod.Spec.Containers) > 0 {
+		// A sidecar must not die before what it serves.
+		least := pod.Spec.Containers[0].Resources.Requests.Memory().Value()
+		for _, o := range pod.Spec.Containers[1:] {
+			least = min(least, o.Resources.Requests.Memory().Value())
+		}
+		adj = min(adj, score(least+share))
+	}
+	return min(max(adj, 1000+guaranteedOOMScoreAdj), bestEffortOOMScoreAdj-1)
+}
+
+func sidecar(pod *v1.Pod, c *v1.Container) bool {
+	if c.RestartPolicy == nil || *c.RestartPolicy != v1.ContainerRestartPolicyAlways {
+		return false
+	}
+	for i := range pod.Spec.InitContainers {
+		if pod.Spec.InitContainers[i].Name == c.Name {
+			return true
+		}
+	}
+	return false
+}
+
+// nodeCritical follows the kubelet: the class system-node-critical on a static
+// pod, a mirror pod, or one of critical priority.
+func nodeCritical(pod *v1.Pod) bool {
+	if pod.Spec.PriorityClassName != scheduling.SystemNodeCritical {
+		return false
+	}
+	if src, ok := pod.Annotations["kubernetes.io/config.source"]; ok && src != "api" {
+		return true
+	}
+	if _, ok := pod.Annotations[v1.MirrorPodAnnotationKey]; ok {
+		return true
+	}
+	return pod.Spec.Priority != nil && *pod.Spec.Priority >= scheduling.SystemCriticalPriority
+}
+
+// NodeAllocatable is the limit of kubepods for what the node leaves to pods:
+// memory in bytes, CPU as weight only, PIDs. Zero: no limit.
+func NodeAllocatable(milliCPU, memory, pids int64) *specs.LinuxResources {
+	r := &specs.LinuxResources{}
+	if milliCPU > 0 {
+		s := MilliCPUToShares(milliCPU)
+		r.CPU = &specs.LinuxCPU{Shares: &s}
+	}
+	if memory > 0 {
+		r.Memory = &specs.LinuxMemory{Limit: &memory}
+	}
+	if pids > 0 {
+		r.Pids = &specs.LinuxPids{Limit: &pids}
+	}
+	return r
+}
+
+type pageSize struct {
+	name  string // "2MB"
+	bytes int64
+}
+
+// hugePageSizes of this kernel; the library reads them once.
+func hugePageSizes() []pageSize {
+	names := cgroups.HugePageSizes()
+	out := make([]pageSize, 0, len(names))
+	for _, n := range names {
+		for unit, factor := range map[string]int64{"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30} {
+			if v, err := strconv.ParseInt(strings.TrimSuffix(n, unit), 10, 64); err == nil {
+				out = append(out, pageSize{n, v * factor})
+			}
+		}
+	}
+	return out
+}

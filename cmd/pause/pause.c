@@ -1,0 +1,202 @@
+/*
+ * pause: holds the namespaces of one pod and nothing else.
+ *
+ * It has no libc so that it costs two pages of memory. podd-shim starts it in
+ * the new namespaces with four descriptors:
+ *
+ *   3     status: an error text is written here; closed without one: ready
+ *   4, 5  the two ends of a socket pair that the shim uses as a store for the
+ *         descriptors of the pod's containers; pause never looks at them
+ *   6     an empty directory, the root of a mount that is nowhere in the tree
+ *
+ * Arguments: h=HOSTNAME  d=DOMAINNAME  s=/proc/sys/PATH=VALUE
+ *            l=LSM_ATTR_FILE=TEXT (confines pause itself)
+ *
+ * As PID 1 of a shared PID namespace it reaps what is orphaned there.
+ */
+#include <linux/capability.h>
+#include <linux/fcntl.h>
+#include <linux/prctl.h>
+#include <linux/signal.h>
+#include <linux/wait.h>
+#include <asm/unistd.h>
+
+typedef unsigned long u64;
+
+#if defined(__x86_64__)
+static long sys6(long n, long a, long b, long c, long d, long e, long f)
+{
+	long r;
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	__asm__ volatile("syscall" : "=a"(r)
+		: "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+		: "rcx", "r11", "memory");
+	return r;
+}
+/* The kernel leaves argc on the stack top. */
+__asm__(".globl _start\n_start:\n\txor %ebp,%ebp\n\tmov %rsp,%rdi\n\tand $-16,%rsp\n\tcall run\n");
+#elif defined(__aarch64__)
+static long sys6(long n, long a, long b, long c, long d, long e, long f)
+{
+	register long x8 __asm__("x8") = n;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	register long x3 __asm__("x3") = d;
+	register long x4 __asm__("x4") = e;
+	register long x5 __asm__("x5") = f;
+	__asm__ volatile("svc 0" : "+r"(x0)
+		: "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
+	return x0;
+}
+__asm__(".globl _start\n_start:\n\tmov x29,#0\n\tmov x0,sp\n\tbl run\n");
+#else
+#error "pause: unsupported architecture"
+#endif
+
+#define sys0(n) sys6(n, 0, 0, 0, 0, 0, 0)
+#define sys1(n, a) sys6(n, (long)(a), 0, 0, 0, 0, 0)
+#define sys2(n, a, b) sys6(n, (long)(a), (long)(b), 0, 0, 0, 0)
+#define sys3(n, a, b, c) sys6(n, (long)(a), (long)(b), (long)(c), 0, 0, 0)
+#define sys4(n, a, b, c, d) sys6(n, (long)(a), (long)(b), (long)(c), (long)(d), 0, 0)
+#define sys5(n, a, b, c, d, e) sys6(n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), 0)
+
+enum { STATUS = 3, EMPTY = 6, NOBODY = 65535, EINVAL_ = 22 };
+
+static u64 len(const char *s)
+{
+	u64 n = 0;
+	while (s[n])
+		n++;
+	return n;
+}
+
+static void say(const char *s) { sys3(__NR_write, STATUS, s, len(s)); }
+
+static void fail(const char *what, const char *which, long err)
+{
+	char num[24];
+	int i = sizeof num - 1;
+
+	num[i] = 0;
+	err = -err;
+	do {
+		num[--i] = '0' + err % 10;
+		err /= 10;
+	} while (err && i);
+	say(what);
+	say(" ");
+	say(which);
+	say(": errno ");
+	say(num + i);
+	sys1(__NR_exit_group, 1);
+}
+
+/* put writes text to the file; arg is FILE=TEXT and is cut at the sign. */
+static void put(const char *what, char *arg)
+{
+	char *text = arg;
+	long fd, n;
+
+	while (*text && *text != '=')
+		text++;
+	if (!*text)
+		fail(what, arg, -EINVAL_);
+	*text++ = 0;
+	fd = sys4(__NR_openat, AT_FDCWD, arg, O_WRONLY | O_CLOEXEC | O_NOFOLLOW, 0);
+	if (fd < 0)
+		fail(what, arg, fd);
+	n = sys3(__NR_write, fd, text, len(text));
+	if (n < 0)
+		fail(what, arg, n);
+	sys1(__NR_close, fd);
+}
+
+static void confine(void)
+{
+	struct __user_cap_header_struct head = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct none[2] = { { 0, 0, 0 }, { 0, 0, 0 } };
+	long cap, err;
+
+	/* Who may trace us reaches our root directory by /proc/1/root, and ".."
+	 * leads out of one that is a part of the node's tree: so it is none. */
+	err = sys1(__NR_fchdir, EMPTY);
+	if (err < 0)
+		fail("fchdir", "empty root", err);
+	err = sys1(__NR_chroot, ".");
+	if (err < 0)
+		fail("chroot", "empty root", err);
+	/* That one, and whatever the shim's starter has left open. */
+	if (sys3(__NR_close_range, EMPTY, ~0U, 0) < 0)
+		sys1(__NR_close, EMPTY); /* before Linux 5.9 */
+	for (cap = 0; cap < 64; cap++)
+		if (sys5(__NR_prctl, PR_CAPBSET_DROP, cap, 0, 0, 0) < 0)
+			break; /* beyond the last one */
+	sys2(__NR_setgroups, 0, 0);
+	/* Ids outside of a small user namespace's mapping: stay its root. */
+	sys3(__NR_setresgid, NOBODY, NOBODY, NOBODY);
+	sys3(__NR_setresuid, NOBODY, NOBODY, NOBODY);
+	err = sys2(__NR_capset, &head, none);
+	if (err < 0)
+		fail("capset", "", err);
+	err = sys5(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	if (err < 0)
+		fail("prctl", "no_new_privs", err);
+	/* Nobody of the pod may take the stored descriptors by ptrace. */
+	err = sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0);
+	if (err < 0)
+		fail("prctl", "dumpable", err);
+}
+
+__attribute__((noreturn, used)) void run(long *stack)
+{
+	long argc = stack[0], i, err;
+	char **argv = (char **)(stack + 1);
+	char *lsm = 0;
+	u64 all = ~0UL;
+
+	/* No handlers: all signals wait to be fetched below. */
+	sys4(__NR_rt_sigprocmask, SIG_BLOCK, &all, 0, sizeof all);
+	sys5(__NR_prctl, PR_SET_NAME, "pause", 0, 0, 0);
+	sys0(__NR_setsid);
+	for (i = 1; i < argc; i++) {
+		char *arg = argv[i] + 2;
+
+		switch (argv[i][0]) {
+		case 'h':
+			err = sys2(__NR_sethostname, arg, len(arg));
+			if (err < 0)
+				fail("set hostname", arg, err);
+			break;
+		case 'd':
+			err = sys2(__NR_setdomainname, arg, len(arg));
+			if (err < 0)
+				fail("set domainname", arg, err);
+			break;
+		case 's':
+			put("set sysctl", arg);
+			break;
+		case 'l':
+			lsm = arg;
+			break;
+		default:
+			fail("unknown argument", argv[i], -EINVAL_);
+		}
+	}
+	if (lsm)
+		put("confine by", lsm);
+	confine();
+	sys1(__NR_close, STATUS);
+
+	for (;;) {
+		long sig = sys4(__NR_rt_sigtimedwait, &all, 0, 0, sizeof all);
+
+		if (sig == SIGCHLD)
+			while (sys4(__NR_wait4, -1, 0, WNOHANG, 0) > 0)
+				;
+		else if (sig == SIGTERM || sig == SIGINT)
+			sys1(__NR_exit_group, 0);
+	}
+}

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	occgroups "github.com/opencontainers/cgroups"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+
+	"github.com/podd-runtime/podd/cgroups"
+	"github.com/podd-runtime/podd/cri"
+	"github.com/podd-runtime/podd/cri/images"
+	"github.com/podd-runtime/podd/kubelet"
+	"github.com/podd-runtime/podd/kubelet/config"
+	"github.com/podd-runtime/podd/kubelet/events"
+	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/pods"
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/netns"
+	"github.com/podd-runtime/podd/volumes"
+)
+
+// runDaemon is `podd run`; it returns the exit status.
+func runDaemon(args []string) int {
+	var cfg config.Config
+	flags := pflag.NewFlagSet("podd run", pflag.ContinueOnError)
+	flags.Usage = func() {
+		fmt.Fprintf(os.Stderr, "Usage: podd run [flags]\n\nRuns the daemon in the foreground.\n\n%s", flags.FlagUsages())
+	}
+	config.AddFlags(flags, &cfg)
+	drain := flags.Bool("drain", false, "stop every pod, end podd-shim, and exit; for a node whose daemon is down")
+	err := flags.Parse(args)
+	if errors.Is(err, pflag.ErrHelp) {
+		return 0
+	}
+	if err == nil && flags.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+	if err == nil {
+		err = cfg.Load()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "podd run:", err)
+		return 2
+	}
+	log := newLog(&cfg)
+	for _, w := range cfg.Warnings {
+		log.Warn("setting without effect", "name", w.Name, "value", w.Value, "from", w.From, "reason", w.Reason)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	run := kubelet.Run
+	if *drain {
+		run = kubelet.Drain
+	} else {
+		remember(cfg.Podd.RunDir, args, log)
+	}
+	if err := run(ctx, agentConfig(&cfg, log)); err != nil {
+		log.Error("podd ends", "error", err)
+		return 1
+	}
+	return 0
+}
+
+func newLog(cfg *config.Config) *slog.Logger {
+	options := &slog.HandlerOptions{Level: cfg.LogLevel()}
+	var handler slog.Handler = slog.NewTextHandler(os.Stderr, options)
+	if cfg.Kubelet.Logging.Format == "json" {
+		handler = slog.NewJSONHandler(os.Stderr, options)
+	}
+	log := slog.New(handler)
+	slog.SetDefault(log) // for libraries
+	forwardKlog(log, uint32(cfg.Kubelet.Logging.Verbosity))
+	return log
+}
+
+// agentConfig hands each part what concerns it.
+func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
+	k, p := &cfg.Kubelet, &cfg.Podd
+	part := func(name string) *slog.Logger { return log.With("part", name) }
+	hostIPs := p.NodeIPs
+	if len(hostIPs) == 0 {
+		hostIPs = kubelet.HostIPs()
+	}
+	backoff := pods.BackoffPolicy{}
+	if m := k.CrashLoopBackOff.MaxContainerRestartPeriod; m != nil {
+		backoff = pods.BackoffPolicy{Initial: min(10*time.Second, m.Duration), Max: m.Duration}
+	}
+	capacity := nodeCapacity()
+	return kubelet.Config{
+		DataDir: p.DataDir, RunDir: p.RunDir, CRISocket: p.CRISocket, ShimProgram: shimProgram(p.ShimPath), ShimUnit: p.ShimUnit,
+		NodeName: p.NodeName, Version: version, Log: log,
+		CRI: cri.Config{
+			DataDir: p.DataDir, RunDir: p.RunDir,
+			SystemdCgroup: k.CgroupDriver == "systemd",
+			LogMaxSize:    cfg.LogMaxSize(), LogMaxFiles: int(*k.ContainerLogMaxFiles),
+			CDIDirs: p.CDIDirs, StreamingAddr: p.StreamingAddress,
+			Version: version, Log: part("cri"),
+		},
+		Images: images.Config{
+			Dir:                filepath.Join(p.DataDir, "images"),
+			RegistryConfigPath: p.RegistryConfigPath, CredentialsFile: p.CredentialsFile,
+			Log: part("images"),
+		},
+		Network: netns.Config{
+			ConfDir: p.CNIConfDir, BinDirs: p.CNIBinDirs,
+			RunDir: filepath.Join(p.RunDir, "network"), DataDir: filepath.Join(p.DataDir, "network"),
+			Instance: p.Instance, PodCIDR: k.PodCIDR, Log: part("network"),
+		},
+		Cgroups:   cgroups.Config{Root: k.CgroupRoot, Driver: k.CgroupDriver, Owner: p.DataDir, Log: part("cgroups")},
+		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Log: part("volumes")},
+		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
+		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events")},
+		Pods: pods.Config{
+			Node: spec.Node{
+				Name: p.NodeName, RootDir: p.RootDir, PodLogsDir: k.PodLogsDir,
+				SeccompDefault: *k.SeccompDefault, SeccompRoot: filepath.Join(p.RootDir, "seccomp"),
+				DNS:     spec.DNS{ClusterDNS: k.ClusterDNS, ClusterDomain: k.ClusterDomain, ResolvConf: *k.ResolverConfig},
+				HostIPs: hostIPs, Allocatable: capacity,
+				Resources: cgroups.PodOptions{
+					NoCPUQuota: !*k.CPUCFSQuota, QuotaPeriod: uint64(k.CPUCFSQuotaPeriod.Microseconds()),
+					PIDs: *k.PodPidsLimit, MemoryCapacity: capacity.Memory().Value(), GroupOOM: groupOOM(k.SingleProcessOOMKill),
+				},
+			},
+			RecordDir: filepath.Join(p.DataDir, "pods"), Sources: []string{manifests.SourceName},
+			Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
+			Log: part("pods"),
+		},
+	}
+}
+
+// shimProgram finds podd-shim: a bare name is looked for beside this program,
+// in its private directory, and in $PATH.
+func shimProgram(name string) string {
+	if strings.Contains(name, "/") {
+		return name
+	}
+	if self, err := os.Executable(); err == nil {
+		for _, dir := range []string{".", "../lib/podd"} {
+			if path := filepath.Join(filepath.Dir(self), dir, name); unix.Access(path, unix.X_OK) == nil {
+				return path
+			}
+		}
+	}
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	return name // starting it says what is missing
+}
+
+// groupOOM is upstream's default for singleProcessOOMKill turned round: only
+// cgroup v2 can kill a container as a whole, and there that is the default.
+func groupOOM(singleProcess *bool) bool {
+	return occgroups.IsCgroup2UnifiedMode() && (singleProcess == nil || !*singleProcess)
+}
+
+// nodeCapacity is what this machine has; nothing is reserved yet, so all of it
+// is allocatable.
+func nodeCapacity() v1.ResourceList {
+	list := v1.ResourceList{v1.ResourceCPU: *resource.NewQuantity(int64(runtime.NumCPU()), resource.DecimalSI)}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err == nil {
+		list[v1.ResourceMemory] = *resource.NewQuantity(int64(info.Totalram)*int64(info.Unit), resource.BinarySI)
+	}
+	return list
+}

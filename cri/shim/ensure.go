@@ -1,0 +1,173 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/cri/shim/internal/wire"
+)
+
+// startTimeout bounds the start of a shim: it answers after some 20 ms, or
+// after it has taken up the containers of a dead one.
+const startTimeout = 20 * time.Second
+
+// Ensure returns a client of the running shim of runDir, and starts binary
+// detached (its own session, not ended with the caller) when there is none.
+// Any number of callers start one.
+func Ensure(ctx context.Context, runDir, binary string) (*Client, error) {
+	return ensure(ctx, runDir, func(_ context.Context, runDir string) (<-chan error, error) {
+		ended, err := spawn(runDir, binary)
+		if err != nil {
+			err = fmt.Errorf("start podd-shim %s: %w", binary, err)
+		}
+		return ended, err
+	})
+}
+
+// EnsureBy is Ensure where somebody else starts the shim: start asks for that
+// and is called at most once, when none answers.
+func EnsureBy(ctx context.Context, runDir string, start func(context.Context) error) (*Client, error) {
+	return ensure(ctx, runDir, func(ctx context.Context, _ string) (<-chan error, error) {
+		return nil, start(ctx)
+	})
+}
+
+func ensure(ctx context.Context, runDir string, start func(context.Context, string) (<-chan error, error)) (*Client, error) {
+	runDir, err := filepath.Abs(runDir)
+	if err != nil {
+		return nil, err
+	}
+	c := New(runDir)
+	if c.answers(ctx) {
+		return c, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	if err := os.MkdirAll(Dir(runDir), 0o700); err != nil {
+		return nil, fmt.Errorf("start podd-shim: %w", err)
+	}
+	lock, err := os.OpenFile(filepath.Join(Dir(runDir), "start.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("start podd-shim: %w", err)
+	}
+	defer lock.Close()
+	for unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		if err := sleep(ctx, 10*time.Millisecond); err != nil {
+			return nil, fmt.Errorf("start podd-shim: another start does not end: %w", err)
+		}
+	}
+	if c.answers(ctx) {
+		return c, nil
+	}
+	ended, err := start(ctx, runDir)
+	if err != nil {
+		return nil, err
+	}
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		if c.answers(ctx) {
+			return c, nil
+		}
+		select {
+		case err := <-ended:
+			if c.answers(ctx) { // somebody else's was faster
+				return c, nil
+			}
+			return nil, fmt.Errorf("podd-shim ended at once (see %s): %w: %w", startLog(runDir), err, errdefs.ErrUnavailable)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("podd-shim does not answer (see %s): %w", startLog(runDir), ctx.Err())
+		case <-time.After(pause):
+		}
+	}
+}
+
+func startLog(runDir string) string { return filepath.Join(Dir(runDir), "start.log") }
+
+// answers tries one Info without waiting for a shim to appear.
+func (c *Client) answers(ctx context.Context) bool {
+	conn, err := wire.Dial(ctx, c.path)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	frame, err := roundTrip(ctx, conn, wire.Info, []byte("{}"), nil)
+	if err != nil {
+		return false
+	}
+	frame.CloseFds()
+	return true
+}
+
+// spawn starts the program; the channel tells its end, and it is reaped then.
+func spawn(runDir, binary string) (<-chan error, error) {
+	out, err := os.OpenFile(startLog(runDir), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	cmd := exec.Command(binary, "--run-dir", runDir)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	ended := make(chan error, 1)
+	go func() {
+		err := cmd.Wait()
+		if err == nil {
+			err = errors.New("exit status 0")
+		}
+		ended <- err
+	}()
+	return ended, nil
+}
+
+// Shutdown ends the shim. It refuses (ErrFailedPrecondition) while containers
+// or sandboxes are left.
+func (c *Client) Shutdown(ctx context.Context) error {
+	if err := c.call(ctx, wire.Shutdown, wire.Call{}, nil); err != nil {
+		return fmt.Errorf("shut podd-shim down: %w", err)
+	}
+	return nil
+}
+
+// Upgrade makes the running shim execute the program at path in its place: the
+// same process with the same children. It returns when the new one answers.
+// Containers notice nothing; event streams reconnect by themselves, attached
+// clients have to attach again.
+func (c *Client) Upgrade(ctx context.Context, path string) error {
+	want, err := BuildID(path)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("upgrade podd-shim: %w", err)
+	}
+	defer f.Close()
+	if err := c.call(ctx, wire.Upgrade, wire.Call{ID: want}, nil, f); err != nil {
+		return fmt.Errorf("upgrade podd-shim: %w", err)
+	}
+	for {
+		info, err := c.Info(ctx)
+		if err != nil {
+			return fmt.Errorf("upgraded podd-shim: %w", err)
+		}
+		if info.BuildID == want {
+			return nil
+		}
+		if err := sleep(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("podd-shim still runs build %s: %w", info.BuildID, err)
+		}
+	}
+}

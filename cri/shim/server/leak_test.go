@@ -1,0 +1,244 @@
+package server_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/podd-runtime/podd/cri/shim"
+)
+
+// holds counts what the shim holds: descriptors by target kind, and mappings of
+// cursors.
+func (n *node) holds() map[string]int {
+	n.t.Helper()
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	got := map[string]int{}
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", info.PID))
+	for _, l := range links {
+		target, err := os.Readlink(l)
+		if err != nil {
+			continue
+		}
+		kind, _, _ := strings.Cut(target, ":")
+		if strings.HasPrefix(target, "/") {
+			kind = filepath.Base(target)
+		}
+		got[kind]++
+	}
+	maps, _ := os.ReadFile(fmt.Sprintf("/proc/%d/maps", info.PID))
+	got["cursor mappings"] = strings.Count(string(maps), "/cursor")
+	return got
+}
+
+// TestLeaks: what a container took it gives back, at its end and when a start
+// fails, whatever happened in between.
+func TestLeaks(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	life := func() {
+		spec := n.containerSpec(box, "echo out; echo err >&2; read x; sleep 0.01")
+		spec.Stdin = true
+		n.run(spec)
+		n.waitLog(spec.LogPath, "err")
+		n.execOut(spec.ID, "/bin/true")
+		n.feed(spec.ID, "x\n")
+		n.until(shim.EventExited, spec.ID)
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+		tty := n.containerSpec(box, "sleep 1000")
+		tty.Spec.Process.Terminal = true
+		n.run(tty)
+		if err := n.Delete(n.ctx(), tty.ID); err != nil {
+			t.Fatal(err)
+		}
+		bad := n.containerSpec(box, "true")
+		bad.Spec.Process.Args = []string{"/no/such/program"}
+		if _, err := n.Create(n.ctx(), bad); err == nil {
+			t.Fatal("created without a program")
+		}
+		other, err := n.CreateSandbox(n.ctx(), n.sandboxSpec())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.DeleteSandbox(n.ctx(), other.ID); err != nil {
+			t.Fatal(err)
+		}
+		wrong := n.sandboxSpec()
+		wrong.Sysctls = map[string]string{"net.ipv4.no_such_key": "1"}
+		if _, err := n.CreateSandbox(n.ctx(), wrong); err == nil {
+			t.Fatal("created with an unknown sysctl")
+		}
+	}
+	life() // what is made once
+	before := n.holds()
+	before["pipe"] += 2 // a second idle pump may keep its scratch pipe
+	for range 5 {
+		life()
+	}
+	n.holdsNoMoreThan(before)
+	// An ended container that is kept holds nothing.
+	ended := n.containerSpec(box, "echo x")
+	n.run(ended)
+	n.until(shim.EventExited, ended.ID)
+	n.holdsNoMoreThan(before)
+}
+
+// holdsNoMoreThan waits a little: connections close a moment after their
+// answer, and what libcontainer leaves to the garbage collector goes with it.
+func (n *node) holdsNoMoreThan(before map[string]int) {
+	n.t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		after, more := n.holds(), ""
+		for kind, count := range after {
+			if count > before[kind] {
+				more += fmt.Sprintf(" %s: %d, was %d;", kind, count, before[kind])
+			}
+		}
+		if more == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			n.t.Errorf("the shim holds more:%s", more)
+			return
+		}
+	}
+}
+
+// TestParallelExecs: execs in one container do not wait for each other, and
+// all exits arrive.
+func TestParallelExecs(t *testing.T) {
+	n := newNode(t)
+	spec := n.containerSpec(n.sandbox(), "sleep 1000")
+	n.run(spec)
+	var wg sync.WaitGroup
+	for i := range 40 {
+		wg.Go(func() {
+			out, exit := n.execOut(spec.ID, "/bin/sh", "-c", fmt.Sprintf("echo %d; exit %d", i, i))
+			if out != fmt.Sprintf("%d\n", i) || exit.Code != i {
+				t.Errorf("exec %d: %q %+v", i, out, exit)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestOrphans: processes that lose their parent in a shared or in the host's
+// PID namespace are reaped, and end with their container.
+func TestOrphans(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	spec := n.containerSpec(box, "for i in 1 2 3 4 5; do (sleep 0.05 &); done; (sleep 999 &); sleep 1; exit 1")
+	spec.Spec.Linux.Namespaces = append(spec.Spec.Linux.Namespaces[:1], spec.Spec.Linux.Namespaces[2:]...)
+	spec.Spec.Mounts[0].Type, spec.Spec.Mounts[0].Source = "bind", "/proc"
+	spec.Spec.Mounts[0].Options = []string{"rbind"}
+	spec.Spec.Linux.MaskedPaths, spec.Spec.Linux.ReadonlyPaths = nil, nil
+	n.run(spec)
+	n.until(shim.EventExited, spec.ID)
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		var zombies []string
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", info.PID))
+		for _, f := range tasks {
+			pids, _ := os.ReadFile(f)
+			for _, pid := range strings.Fields(string(pids)) {
+				stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+				if strings.Contains(string(stat), ") Z ") || strings.Contains(string(stat), "(sleep)") {
+					zombies = append(zombies, string(stat))
+				}
+			}
+		}
+		if len(zombies) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left: %v", zombies)
+		}
+	}
+}
+
+// TestMemory: what an idle running container costs the shim.
+func TestMemory(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	private := func() int {
+		time.Sleep(6 * time.Second) // the shim gives memory back when idle
+		data, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", info.PID))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := 0
+		for line := range strings.Lines(string(data)) {
+			var kb int
+			if _, err := fmt.Sscanf(line, "Private_Dirty: %d kB", &kb); err == nil {
+				sum += kb
+			}
+		}
+		t.Log(strings.ReplaceAll(string(data)[strings.Index(string(data), "Rss"):][:220], "\n", "; "))
+		return sum
+	}
+	first := n.containerSpec(box, "sleep 1000")
+	n.run(first)
+	before := private()
+	const count = 40
+	for range count {
+		n.run(n.containerSpec(box, "echo x; exec sleep 1000"))
+	}
+	after := private()
+	threads, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", info.PID))
+	each := (after - before) / count
+	t.Logf("%d kB at 1 container, %d kB at %d: %d kB each; %d threads", before, after, count+1, each, len(threads))
+	if each > 100 {
+		t.Errorf("an idle container costs %d kB of the shim, the budget is 100", each)
+	}
+	if len(threads) > 20 {
+		t.Errorf("%d threads", len(threads))
+	}
+}
+
+// TestExecsEndWithTheirContainer: a running exec neither blocks the deletion
+// nor survives it, whatever PID namespace it is in.
+func TestExecsEndWithTheirContainer(t *testing.T) {
+	n := newNode(t)
+	for _, own := range []bool{true, false} {
+		box := n.sandbox()
+		spec := n.containerSpec(box, "sleep 1000")
+		if !own {
+			spec.Spec.Linux.Namespaces = append(spec.Spec.Linux.Namespaces[:1], spec.Spec.Linux.Namespaces[2:]...)
+		}
+		n.run(spec)
+		s, err := n.Exec(n.ctx(), &shim.ExecSpec{ContainerID: spec.ID, Process: &specs.Process{
+			Args: []string{"/bin/sh", "-c", "trap '' TERM; sleep 999"}, Cwd: "/", Env: []string{"PATH=/bin"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+		if d := time.Since(begin); d > 3*time.Second {
+			t.Errorf("own PID namespace %v: deletion took %v", own, d)
+		}
+		if exit, err := s.Wait(n.ctx()); err != nil || exit.Code != 137 {
+			t.Errorf("own PID namespace %v: exec ended with %+v, %v", own, exit, err)
+		}
+		s.Close()
+	}
+}

@@ -1,0 +1,176 @@
+package server
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/cri/shim"
+)
+
+// oomWatch tells when the kernel's OOM killer acted in a container's cgroup.
+// The kernel's own counter says whether it was a kill; the notification only
+// says when to look: an eventfd on v1 (memory.txt, 10. OOM Control), inotify on
+// memory.events on v2.
+type oomWatch struct {
+	c    *container
+	path string // directory of the memory cgroup
+	file string // counter file in it
+	fd   int
+	w    *watch
+
+	mu    sync.Mutex
+	count uint64
+	total bool // some process was killed since the container was made
+}
+
+// watchOOM never fails: without a memory cgroup there is nothing to see. With
+// reported, kills up to now are known to be in the event log.
+func (s *Server) watchOOM(c *container, reported bool) *oomWatch {
+	o := &oomWatch{c: c, fd: -1, total: reported}
+	c.mu.Lock()
+	paths := c.rec.CgroupPaths
+	c.mu.Unlock()
+	var err error
+	if dir := paths["memory"]; dir != "" {
+		o.path, o.file = dir, "memory.oom_control"
+		o.fd, err = oomEventfd(dir)
+	} else if dir := paths[""]; dir != "" && s.host.unified {
+		o.path, o.file = dir, "memory.events"
+		o.fd, err = oomInotify(dir)
+	} else {
+		return o
+	}
+	if reported {
+		o.count, _ = oomKills(filepath.Join(o.path, o.file))
+	}
+	if err == nil {
+		o.w, err = s.loop.add(o.fd, unix.EPOLLIN, func(uint32) { go o.look() })
+	}
+	if err != nil {
+		s.log.Warn("watch for OOM kills", "id", c.rec.Process.ID, "error", err)
+	}
+	return o
+}
+
+func oomEventfd(dir string) (int, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return -1, err
+	}
+	f, err := os.Open(filepath.Join(dir, "memory.oom_control"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "cgroup.event_control"), fmt.Appendf(nil, "%d %d", fd, f.Fd()), 0)
+		f.Close()
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+func oomInotify(dir string) (int, error) {
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return -1, err
+	}
+	if _, err := unix.InotifyAddWatch(fd, filepath.Join(dir, "memory.events"), unix.IN_MODIFY); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// look reads the notification and reports new kills.
+func (o *oomWatch) look() {
+	o.mu.Lock()
+	fd, w := o.fd, o.w
+	if fd >= 0 {
+		var buf [4096]byte
+		for {
+			if n, err := unix.Read(fd, buf[:]); n <= 0 || err != nil {
+				break
+			}
+		}
+	}
+	o.mu.Unlock()
+	// v1 notifies before it kills: the counter follows within milliseconds.
+	for delay := time.Millisecond; !o.check() && delay < time.Second; delay *= 4 {
+		time.Sleep(delay)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	// The removal of the cgroup signals too, for ever: then nothing is left.
+	if _, err := os.Stat(filepath.Join(o.path, o.file)); err == nil && o.fd >= 0 && w != nil {
+		_ = w.rearm(unix.EPOLLIN)
+	}
+}
+
+// check compares the counter and reports a rise. It is true when there is
+// nothing more to wait for.
+func (o *oomWatch) check() bool {
+	if o == nil || o.path == "" {
+		return true
+	}
+	n, ok := oomKills(filepath.Join(o.path, o.file))
+	if !ok {
+		return true
+	}
+	o.mu.Lock()
+	rose := n > o.count
+	o.count = max(n, o.count)
+	o.total = o.total || rose
+	o.mu.Unlock()
+	if rose {
+		p := o.c.snapshot()
+		o.c.s.events.append(shim.Event{Kind: shim.EventOOM, ID: o.c.rec.Process.ID, PID: p.PID})
+	}
+	return rose
+}
+
+// killed says whether the OOM killer acted in the container's life.
+func (o *oomWatch) killed() bool {
+	if o == nil {
+		return false
+	}
+	o.check()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.total
+}
+
+func (o *oomWatch) close() {
+	if o == nil {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.fd >= 0 {
+		o.w.remove()
+		unix.Close(o.fd)
+		o.fd = -1
+	}
+}
+
+// oomKills reads the line "oom_kill N", which both versions have (v1 since
+// Linux 4.13).
+func oomKills(path string) (uint64, bool) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, false
+	}
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			n, err := strconv.ParseUint(strings.TrimSpace(rest), 10, 64)
+			return n, err == nil
+		}
+	}
+	return 0, false
+}

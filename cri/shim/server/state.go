@@ -1,0 +1,139 @@
+package server
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/podd-runtime/podd/cri/shim"
+)
+
+// recordVersion of the files below; a reader refuses other versions.
+const recordVersion = 1
+
+// record is what the shim must know of a sandbox or container after it died.
+// It lives in run-dir (a tmpfs) and is replaced atomically, without fsync: it
+// has to survive the process, not the machine.
+type record struct {
+	Version int          `json:"version"`
+	Process shim.Process `json:"process"`
+	// Making is true until creation is complete: whoever finds it undoes.
+	Making bool `json:"making,omitempty"`
+	// Digest of the specification: a repeated create must bring the same.
+	Digest string `json:"digest"`
+	// ProcStart with PID identifies the process.
+	ProcStart uint64 `json:"procStart,omitempty"`
+	// Cgroup paths by controller ("" for v2).
+	Cgroup        string            `json:"cgroup,omitempty"`
+	SystemdCgroup bool              `json:"systemdCgroup,omitempty"`
+	CgroupPaths   map[string]string `json:"cgroupPaths,omitempty"`
+	// Container only.
+	LogPath     string `json:"logPath,omitempty"`
+	LogMaxSize  int64  `json:"logMaxSize,omitempty"`
+	LogMaxFiles int    `json:"logMaxFiles,omitempty"`
+	Stdin       bool   `json:"stdin,omitempty"`
+	StdinOnce   bool   `json:"stdinOnce,omitempty"`
+	Terminal    bool   `json:"terminal,omitempty"`
+	OwnPIDNS    bool   `json:"ownPIDNS,omitempty"`
+	// Filter names the compiled seccomp program that execs get; "": none, or
+	// libcontainer applies its own.
+	Filter string `json:"filter,omitempty"`
+	// Keyring and label that libcontainer's init would have set up.
+	NoNewPrivs bool `json:"noNewPrivs,omitempty"`
+}
+
+// dirs of one kind of record: DIR/shim/<kind>/<id>/record.json.
+type store struct {
+	root       string // DIR/shim/containers
+	quarantine string // DIR/shim/quarantine
+	log        *slog.Logger
+}
+
+const recordName = "record.json"
+
+func (s *store) dir(id string) string { return filepath.Join(s.root, id) }
+
+// save replaces the record atomically.
+func (s *store) save(r *record) error {
+	r.Version = recordVersion
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode record of %s: %w", r.Process.ID, err)
+	}
+	path := filepath.Join(s.dir(r.Process.ID), recordName)
+	return writeFileAtomic(path, data)
+}
+
+// writeFileAtomic is for our own root-only directories: a fixed temporary name
+// is safe, and its remains are overwritten.
+func writeFileAtomic(path string, data []byte) error {
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+// remove forgets the directory of id.
+func (s *store) remove(id string) error { return os.RemoveAll(s.dir(id)) }
+
+// load reads all records. Broken ones are moved to the quarantine, so that the
+// rest can go on; directories without a record are half-made and are removed.
+func (s *store) load() ([]*record, error) {
+	entries, err := os.ReadDir(s.root)
+	if err != nil {
+		return nil, err
+	}
+	var records []*record
+	for _, e := range entries {
+		id := e.Name()
+		r, err := s.read(id)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			s.log.Info("removing half-made state", "id", id)
+			if err := s.remove(id); err != nil {
+				s.log.Error("remove half-made state", "id", id, "error", err)
+			}
+		case err != nil:
+			target := filepath.Join(s.quarantine, fmt.Sprintf("%s-%d", id, time.Now().UnixNano()))
+			s.log.Error("broken record put into quarantine", "id", id, "quarantine", target, "error", err)
+			if err := os.Rename(s.dir(id), target); err != nil {
+				s.log.Error("quarantine", "id", id, "error", err)
+			}
+		default:
+			records = append(records, r)
+		}
+	}
+	return records, nil
+}
+
+func (s *store) read(id string) (*record, error) {
+	data, err := os.ReadFile(filepath.Join(s.dir(id), recordName))
+	if err != nil {
+		return nil, err
+	}
+	r := new(record)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("record of %s: %w", id, err)
+	}
+	if r.Version != recordVersion {
+		return nil, fmt.Errorf("record of %s has version %d, this shim knows %d", id, r.Version, recordVersion)
+	}
+	if r.Process.ID != id {
+		return nil, fmt.Errorf("record in %s is of %q", id, r.Process.ID)
+	}
+	return r, nil
+}
+
+// validID accepts what is safe as a file name and as a cgroup name.
+func validID(id string) bool {
+	if id == "" || len(id) > 128 || id[0] == '.' {
+		return false
+	}
+	return strings.Trim(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_.-") == ""
+}

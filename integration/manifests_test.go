@@ -1,0 +1,108 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/integration/node"
+	"github.com/podd-runtime/podd/kubelet/server/api"
+)
+
+func TestChangedManifestReplacesThePod(t *testing.T) {
+	n := start(t)
+	n.Write("web.yaml", pod("web", "", "serve"))
+	n.WaitRunning("web")
+	first, err := n.Pod("web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Write("web.yaml", pod("web", "", "serve", ":9090"))
+	p := n.WaitPod("web", "replaced", 30*second, func(p *v1.Pod) bool { return p.UID != first.UID && node.Running(p) })
+	if got := p.Spec.Containers[0].Args[1]; got != ":9090" {
+		t.Errorf("args: %q", got)
+	}
+	// A container runs a moment before its program has replaced the shim's init.
+	node.Await(t, "the new server running alone", 5*second, func() bool {
+		return len(n.Processes("/testserver serve")) == 1 && len(n.Processes("/testserver serve :9090")) == 1
+	})
+	n.Remove("web.yaml")
+	n.WaitGone(10 * second)
+}
+
+func TestInvalidManifestKeepsTheLastGoodVersion(t *testing.T) {
+	n := start(t)
+	n.Write("web.yaml", pod("web", "", "serve"))
+	n.WaitRunning("web")
+	before, err := n.Pod("web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Write("web.yaml", strings.Replace(pod("web", "", "serve"), "image:", "imagge:", 1))
+	var problems api.Problems
+	node.Await(t, "the problem told", 10*second, func() bool {
+		return n.Get(api.Prefix+"/problems", &problems) == nil && len(problems.Items) > 0
+	})
+	if p := problems.Items[0]; !strings.HasSuffix(p.File, "web.yaml") || p.Document != 1 || p.Line != 9 || !strings.Contains(p.Field, "containers[0].imagge") || !p.Kept {
+		t.Errorf("problem: %+v", p)
+	}
+	if out := n.OK("status"); !strings.Contains(out, "imagge") {
+		t.Errorf("status does not tell it:\n%s", out)
+	}
+	after, err := n.Pod("web")
+	if err != nil || after.UID != before.UID || status(after).ContainerID != status(before).ContainerID || !node.Running(after) {
+		t.Errorf("the last good version does not go on: %v, %+v", err, after)
+	}
+	n.Write("web.yaml", pod("web", "", "serve"))
+	node.Await(t, "the problem gone", 10*second, func() bool {
+		return n.Get(api.Prefix+"/problems", &problems) == nil && len(problems.Items) == 0
+	})
+}
+
+func TestEditorsFilesAndPartialWritesStartNothing(t *testing.T) {
+	n := start(t)
+	dir := filepath.Join(n.Dir, "manifests")
+	whole := pod("web", "", "serve")
+	for name, text := range map[string]string{".web.yaml.swp": "b0VIM", "web.yaml~": whole, "#web.yaml#": whole, "notes.txt": whole} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Create(filepath.Join(dir, "web.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, part := range []string{whole[:60], whole[60:120], whole[120:]} {
+		if _, err := f.WriteString(part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.Close()
+	n.WaitRunning("web")
+	if pods := n.Pods(); len(pods) != 1 {
+		t.Errorf("%d pods", len(pods))
+	}
+	// About files the events are the node's.
+	if out := n.OK("events", "--for", "node/node1"); strings.Contains(out, "Warning") {
+		t.Errorf("warnings:\n%s", out)
+	}
+	var problems api.Problems
+	if err := n.Get(api.Prefix+"/problems", &problems); err != nil || len(problems.Items) != 0 {
+		t.Errorf("problems: %v, %v", problems.Items, err)
+	}
+}
+
+func TestManyDocumentsAndJSON(t *testing.T) {
+	n := start(t)
+	n.Write("many.yaml", pod("a", "", "pause")+"---\n"+pod("b", "", "pause"))
+	n.Write("one.json", fmt.Sprintf(`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"c"},"spec":{"terminationGracePeriodSeconds":1,"containers":[{"name":"main","image":%q,"args":["pause"]}]}}`, testserver))
+	n.WaitRunning("a", "b", "c")
+	n.Write("many.yaml", pod("a", "", "pause"))
+	n.WaitPods("b gone", 15*second, func(pods map[string]*v1.Pod) bool {
+		return len(pods) == 2 && pods["default/"+node.PodName("a")] != nil && pods["default/"+node.PodName("c")] != nil
+	})
+}

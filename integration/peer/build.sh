@@ -1,0 +1,70 @@
+#!/bin/sh
+# Builds the peers that the benchmarks and suites compare with, from the Go
+# module proxy: upstream's kubelet, containerd with its runc shim, and runc.
+#
+#   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl (default: the first four)
+#
+# critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
+# is the digest to compile in instead, that of the stand-in.
+#
+# What is there already is kept. Nothing of it is part of podd.
+set -eu
+out=$(mkdir -p "$1" && cd "$1" && pwd); shift
+[ $# -gt 0 ] || set -- kubelet containerd runc cni
+K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0
+export GOFLAGS=-mod=mod
+
+# module NAME REQUIRE… : a scratch module in $out/src/NAME
+module() {
+	name=$1; shift
+	mkdir -p "$out/src/$name" && cd "$out/src/$name"
+	{ echo "module peer/$name"; echo "go 1.26"; for r; do echo "require $r"; done; } > go.mod
+}
+
+# sources PATH VERSION : a writable copy of a module, so that its own go.mod decides the versions
+sources() {
+	dir=$(cd / && go mod download -json "$1@$2" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+	name=$(basename "${1%/v2}"); mkdir -p "$out/src"
+	rm -rf "$out/src/$name" && cp -r "$dir" "$out/src/$name" && chmod -R u+w "$out/src/$name" && cd "$out/src/$name"
+}
+
+for peer; do
+	case $peer in
+	kubelet)
+		[ -x "$out/kubelet" ] && continue
+		module kubelet "k8s.io/kubernetes $K8S"
+		dir=$(go mod download -json "k8s.io/kubernetes@$K8S" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+		sed -n 's/^\t\(k8s.io\/[a-z-]*\) => .*/\1/p' "$dir/go.mod" | while read -r m; do
+			echo "replace $m => $m $STAGING" >> go.mod
+		done
+		CGO_ENABLED=0 go build -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$K8S" \
+			-o "$out/kubelet" k8s.io/kubernetes/cmd/kubelet ;;
+	containerd)
+		[ -x "$out/containerd-shim-runc-v2" ] && continue
+		sources github.com/containerd/containerd/v2 $CONTAINERD
+		CGO_ENABLED=0 go build -ldflags "-s -w" -tags "no_btrfs" -o "$out/" ./cmd/containerd ./cmd/containerd-shim-runc-v2 ;;
+	runc)
+		[ -x "$out/runc" ] && continue
+		sources github.com/opencontainers/runc $RUNC
+		go build -ldflags "-s -w" -tags seccomp -o "$out/runc" . ;;
+	critest)
+		[ -x "$out/critest" ] && grep -q "${CRITEST_PINNED:-sha256:}" "$out/critest" && continue
+		sources sigs.k8s.io/cri-tools $CRITOOLS
+		[ -z "${CRITEST_PINNED:-}" ] || sed -i "s/\(test-image-digest@\)sha256:[0-9a-f]*/\1$CRITEST_PINNED/" pkg/validate/consts.go
+		CGO_ENABLED=0 go test -c -ldflags "-s -w" -o "$out/critest" ./cmd/critest ;;
+	ginkgo) # runs critest's specs in parallel; of the version that critest is linked with
+		[ -x "$out/ginkgo" ] && continue
+		sources sigs.k8s.io/cri-tools $CRITOOLS
+		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/ginkgo" github.com/onsi/ginkgo/v2/ginkgo ;;
+	crictl)
+		[ -x "$out/crictl" ] && continue
+		sources sigs.k8s.io/cri-tools $CRITOOLS
+		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/crictl" ./cmd/crictl ;;
+	cni)
+		[ -x "$out/portmap" ] && continue
+		sources github.com/containernetworking/plugins v1.9.0
+		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/" ./plugins/main/bridge ./plugins/main/loopback ./plugins/ipam/host-local ./plugins/meta/portmap ;;
+	*) echo "build.sh: unknown peer $peer" >&2; exit 2 ;;
+	esac
+	echo "built $peer"
+done

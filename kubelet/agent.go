@@ -1,0 +1,299 @@
+// Package kubelet puts the node agent together: it opens its parts in the order
+// in which they need each other and closes them in reverse. It decides nothing
+// by itself.
+package kubelet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sync/errgroup"
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podd-runtime/podd/cgroups"
+	"github.com/podd-runtime/podd/cri"
+	"github.com/podd-runtime/podd/cri/images"
+	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/kubelet/events"
+	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/pods"
+	"github.com/podd-runtime/podd/kubelet/server"
+	"github.com/podd-runtime/podd/kubelet/server/api"
+	"github.com/podd-runtime/podd/netns"
+	"github.com/podd-runtime/podd/systemd"
+	"github.com/podd-runtime/podd/volumes"
+)
+
+// Config of the agent: where it keeps what, and each part's own settings.
+type Config struct {
+	// DataDir outlives a reboot, RunDir need not. Both are locked while the
+	// agent runs: two agents on one directory would undo each other's work.
+	DataDir, RunDir string
+	// CRISocket is where CRI clients are answered.
+	CRISocket string
+	// ShimProgram is podd-shim's binary.
+	ShimProgram string
+	// ShimUnit is the systemd service that runs it; "": podd does.
+	ShimUnit string
+	NodeName string
+	Version  string
+	Log      *slog.Logger
+
+	CRI       cri.Config
+	Images    images.Config
+	Network   netns.Config
+	Cgroups   cgroups.Config
+	Volumes   volumes.Config
+	Manifests manifests.Config
+	Events    events.Config
+	Pods      pods.Config
+}
+
+// agent is everything that runs, as one holds it between start and stop.
+type agent struct {
+	cfg     Config
+	log     *slog.Logger
+	shim    *shim.Client
+	images  *images.Store
+	network *netns.Network
+	cri     *cri.Service
+	events  *events.Store
+	source  *manifests.Source
+	table   *pods.Table
+	undo    []func()
+}
+
+// Run is the agent's life: it returns when ctx ends, with every container
+// still running, or when a part cannot go on.
+func Run(ctx context.Context, cfg Config) error {
+	a, err := open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer a.close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	criListener, err := api.Listen(cfg.CRISocket)
+	if err != nil {
+		return fmt.Errorf("CRI socket (--cri-socket): %w", err)
+	}
+	localListener, err := api.Listen(filepath.Join(cfg.RunDir, api.SocketName))
+	if err != nil {
+		criListener.Close()
+		return fmt.Errorf("local API (--run-dir): %w", err)
+	}
+	local := server.New(server.Config{
+		NodeName: cfg.NodeName, Version: cfg.Version,
+		Pods: podAPI{a.table}, Events: a.events, Objects: a.source,
+		Containers: a.cri, Images: a.images, Problems: a.source.Problems,
+		Shim: a.shim.Info, Shutdown: cancel, Log: a.log,
+	})
+
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return cri.Serve(ctx, criListener, a.cri) })
+	group.Go(func() error { return local.Serve(ctx, localListener) })
+	group.Go(func() error { return a.keepShim(ctx) })
+	group.Go(func() error { return a.events.Run(ctx) })
+	group.Go(func() error { return a.table.Run(ctx) })
+	group.Go(func() error { return a.source.Run(ctx) })
+	group.Go(func() error { return a.refreshVolumes(ctx) })
+	a.log.Info("podd is ready", "node", cfg.NodeName, "manifests", cfg.Manifests.Dir, "cri", cfg.CRISocket, "version", cfg.Version)
+	systemd.Ready(a.log)
+	err = group.Wait()
+	systemd.Stopping(a.log)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// Drain stops every pod that runs in the directories of cfg, each within its
+// grace period, and ends podd-shim. No agent may be running there.
+func Drain(ctx context.Context, cfg Config) error {
+	a, err := open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer a.close()
+	running, stop := context.WithCancel(ctx)
+	defer stop()
+	group, running := errgroup.WithContext(running)
+	group.Go(func() error { return a.table.Run(running) })
+	// No source holds a pod: all that runs is an orphan, and goes.
+	a.table.Synced(manifests.SourceName)
+	if err := a.waitEmpty(ctx); err != nil {
+		return err
+	}
+	stop()
+	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return a.shim.Shutdown(ctx)
+}
+
+// open builds the parts in the order in which they need each other.
+func open(ctx context.Context, cfg Config) (_ *agent, err error) {
+	a := &agent{cfg: cfg, log: cfg.Log}
+	defer func() {
+		if err != nil {
+			a.close()
+		}
+	}()
+	for _, dir := range []string{cfg.DataDir, cfg.RunDir} {
+		unlock, err := lock(dir)
+		if err != nil {
+			return nil, err
+		}
+		a.undo = append(a.undo, unlock)
+	}
+	logs := cfg.Pods.Node.PodLogsDir
+	for _, dir := range []string{logs, filepath.Join(filepath.Dir(logs), "containers"), filepath.Join(cfg.Pods.Node.RootDir, "pods")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return nil, fmt.Errorf("make %s: %w", dir, err)
+		}
+	}
+	if a.shim, err = a.openShim(ctx); err != nil {
+		return nil, err
+	}
+	if a.images, err = images.Open(ctx, cfg.Images); err != nil {
+		return nil, err
+	}
+	a.onClose("image store", a.images.Close)
+	if a.network, err = netns.New(cfg.Network); err != nil {
+		return nil, err
+	}
+	a.onClose("network", a.network.Close)
+	if a.cri, err = cri.New(cfg.CRI, a.shim, a.images, a.network); err != nil {
+		return nil, err
+	}
+	a.onClose("runtime", a.cri.Close)
+	if a.events, err = events.Open(cfg.Events); err != nil {
+		return nil, err
+	}
+	a.onClose("events", a.events.Flush)
+	tree, err := cgroups.New(cfg.Cgroups)
+	if err != nil {
+		return nil, err
+	}
+	objects := &localObjects{}
+	cfg.Volumes.Objects = objects
+	a.table = pods.New(cfg.Pods, pods.Deps{
+		Runtime: a.cri, Images: a.cri, Volumes: volumes.New(cfg.Volumes),
+		Objects: objects, Cgroups: tree, Events: a.events,
+	})
+	cfg.Manifests.Recorder = a.events
+	a.source = manifests.New(cfg.Manifests, a.table)
+	objects.Source = a.source
+	return a, nil
+}
+
+// waitEmpty returns when the runtime has no sandbox left.
+func (a *agent) waitEmpty(ctx context.Context) error {
+	// The subscription ends with the wait: close waits for it.
+	ctx, leave := context.WithCancel(ctx)
+	defer leave()
+	changes := a.cri.Subscribe(ctx)
+	for {
+		list, err := a.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+		if err != nil {
+			return err
+		}
+		if len(list.Items) == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changes:
+		}
+	}
+}
+
+// localObjects breaks the circle source → table → volumes → source's objects:
+// it is filled before anything runs.
+type localObjects struct{ *manifests.Source }
+
+// openShim starts podd-shim, or finds the one that runs, and brings it to the
+// version of our own: in place, its containers do not notice.
+func (a *agent) openShim(ctx context.Context) (*shim.Client, error) {
+	client, err := a.ensureShim(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ours, err := shim.BuildID(a.cfg.ShimProgram)
+	if err != nil {
+		return nil, err
+	}
+	info, err := client.Info(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if info.BuildID == ours {
+		return client, nil
+	}
+	if err := client.Upgrade(ctx, a.cfg.ShimProgram); err != nil {
+		// The old one serves on; what it cannot do will say so.
+		a.log.Warn("podd-shim keeps its old version", "program", a.cfg.ShimProgram, "error", err)
+		return client, nil
+	}
+	a.log.Info("podd-shim upgraded in place", "pid", info.PID, "containers", info.Containers)
+	return client, nil
+}
+
+// ensureShim finds the shim that runs or has one started.
+func (a *agent) ensureShim(ctx context.Context) (*shim.Client, error) {
+	if a.cfg.ShimUnit == "" {
+		return shim.Ensure(ctx, a.cfg.RunDir, a.cfg.ShimProgram)
+	}
+	return shim.EnsureBy(ctx, a.cfg.RunDir, func(ctx context.Context) error { return systemd.Start(ctx, a.cfg.ShimUnit) })
+}
+
+// refreshVolumes carries changes of ConfigMaps and Secrets into the volumes
+// and environments of the pods that use them.
+func (a *agent) refreshVolumes(ctx context.Context) error {
+	for ref := range a.source.Subscribe(ctx) {
+		a.table.ObjectChanged(ref.Namespace, ref.Name)
+	}
+	return nil
+}
+
+// onClose stacks the end of a part.
+func (a *agent) onClose(what string, end func() error) {
+	a.undo = append(a.undo, func() {
+		if err := end(); err != nil {
+			a.log.Warn("part not closed cleanly", "part", what, "error", err)
+		}
+	})
+}
+
+func (a *agent) close() {
+	for i := len(a.undo) - 1; i >= 0; i-- {
+		a.undo[i]()
+	}
+	a.undo = nil
+}
+
+// HostIPs are this machine's addresses for pods on the host's network, the one
+// of the interface with the default route first (as upstream chooses the node's
+// address); without any, the loopback address.
+func HostIPs() []string {
+	ip, err := utilnet.ChooseHostInterface()
+	if err != nil {
+		return []string{"127.0.0.1"}
+	}
+	return []string{ip.String()}
+}
+
+// podAPI is the table as the local API knows it: to start a stopped pod is to
+// restart all of it.
+type podAPI struct{ *pods.Table }
+
+func (p podAPI) Start(ctx context.Context, namespace, name string) error {
+	return p.Restart(ctx, namespace, name, "")
+}

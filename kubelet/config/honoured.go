@@ -1,0 +1,165 @@
+package config
+
+import (
+	"fmt"
+	"net"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/validation"
+)
+
+// honoured are the fields of the KubeletConfiguration that podd acts on; a name
+// stands for all below it. Whoever makes podd act on another one adds it here:
+// all others warn when they are set.
+var honoured = []string{
+	"cgroupDriver",
+	"cgroupRoot",
+	"clusterDNS",
+	"clusterDomain",
+	"containerLogMaxFiles",
+	"containerLogMaxSize",
+	"cpuCFSQuota",
+	"cpuCFSQuotaPeriod",
+	"crashLoopBackOff",
+	"fileCheckFrequency",
+	"logging.format",
+	"logging.verbosity",
+	"maxParallelImagePulls",
+	"podCIDR",
+	"podLogsDir",
+	"podPidsLimit",
+	"resolvConf",
+	"runtimeRequestTimeout",
+	"seccompDefault",
+	"serializeImagePulls",
+	"singleProcessOOMKill",
+	"staticPodPath",
+}
+
+// usages are the help of upstream's flags that podd acts on. The others are
+// accepted and not shown.
+var usages = map[string]string{
+	"cgroup-driver":           "cgroupfs or systemd (default cgroupfs)",
+	"cgroup-root":             "cgroup that holds the pods' groups (default: the root)",
+	"cluster-dns":             "name servers for pods with dnsPolicy ClusterFirst",
+	"cluster-domain":          "domain of the cluster, for the pods' resolv.conf",
+	"container-log-max-files": "log files kept for each container, the current one included (default 5)",
+	"container-log-max-size":  "size at which a container's log is rotated (default 10Mi)",
+	"cpu-cfs-quota":           "enforce CPU limits (default true)",
+	"cpu-cfs-quota-period":    "period of the CPU quota (default 100ms)",
+	"file-check-frequency":    "time between two full looks at the manifests; changes are seen at once (default 20s)",
+	"logging-format":          "text or json (default text)",
+	"pod-cidr":                "addresses of the built-in network (default: a free range)",
+	"pod-manifest-path":       "directory of manifests, or one file (default /etc/kubernetes/manifests)",
+	"pod-max-pids":            "processes of one pod at most; -1: no limit (default -1)",
+	"resolv-conf":             "the host's name servers for pods (default /etc/resolv.conf)",
+	"runtime-request-timeout": "time for one request of the runtime (default 2m0s)",
+	"serialize-image-pulls":   "pull one image at a time (default false)",
+	"v":                       "level of the log; 4 and up: debug (default 0)",
+}
+
+// reasons are given where "not yet" is not the reason.
+var reasons = map[string]string{
+	"containerRuntimeEndpoint":    "podd is the container runtime",
+	"imageServiceEndpoint":        "podd is the image service",
+	"cgroupsPerQOS":               "pods always have their QoS groups",
+	"failCgroupV1":                "podd runs on cgroup v1 and v2",
+	"runOnce":                     "removed upstream",
+	"containerLogMaxWorkers":      "the writer rotates its log",
+	"containerLogMonitorInterval": "the writer rotates its log",
+	"volumePluginDir":             "FlexVolume is deprecated upstream",
+	"kubeconfig":                  "podd joins no cluster yet",
+	"bootstrap-kubeconfig":        "podd joins no cluster yet",
+	"cloud-provider":              "podd joins no cluster yet",
+	"containerd":                  "podd is the container runtime",
+}
+
+func reason(field string) string {
+	for name := field; ; {
+		if r, ok := reasons[name]; ok {
+			return r
+		}
+		dot := strings.LastIndexByte(name, '.')
+		if dot < 0 {
+			return "not supported yet"
+		}
+		name = name[:dot]
+	}
+}
+
+func isHonoured(field string) bool {
+	return slices.ContainsFunc(honoured, func(name string) bool {
+		return field == name || strings.HasPrefix(field, name+".")
+	})
+}
+
+var instanceName = regexp.MustCompile(`^[a-z0-9]{0,8}$`)
+
+// check refuses values that cannot work.
+func (c *Config) check(l *loader) error {
+	bad := func(field, format string, args ...any) error {
+		where := l.from[field]
+		_, name, _ := strings.Cut(field, ".")
+		if where == "" {
+			where = "configuration"
+		}
+		return fmt.Errorf("%s: %s: %s: %w", where, name, fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)
+	}
+	k, p := &c.Kubelet, &c.Podd
+	if d := k.CgroupDriver; d != "cgroupfs" && d != "systemd" {
+		return bad("kubelet.cgroupDriver", "%q: want cgroupfs or systemd", d)
+	}
+	if q, err := resource.ParseQuantity(k.ContainerLogMaxSize); err != nil || q.Sign() <= 0 {
+		return bad("kubelet.containerLogMaxSize", "%q: want a size such as 10Mi", k.ContainerLogMaxSize)
+	}
+	if n := k.ContainerLogMaxFiles; n != nil && *n < 2 {
+		return bad("kubelet.containerLogMaxFiles", "%d: want 2 or more", *n)
+	}
+	if k.FileCheckFrequency.Duration < 0 {
+		return bad("kubelet.fileCheckFrequency", "%s is negative", k.FileCheckFrequency.Duration)
+	}
+	if k.RuntimeRequestTimeout.Duration < 0 {
+		return bad("kubelet.runtimeRequestTimeout", "%s is negative", k.RuntimeRequestTimeout.Duration)
+	}
+	if n := k.PodPidsLimit; n != nil && *n < -1 {
+		return bad("kubelet.podPidsLimit", "%d: want -1 for no limit, or a number", *n)
+	}
+	if n := k.MaxParallelImagePulls; n != nil && *n < 1 {
+		return bad("kubelet.maxParallelImagePulls", "%d: want 1 or more", *n)
+	}
+	if n := k.MaxParallelImagePulls; n != nil && *n > 1 && k.SerializeImagePulls != nil && *k.SerializeImagePulls && l.from["kubelet.serializeImagePulls"] != "" {
+		return bad("kubelet.maxParallelImagePulls", "%d contradicts serializeImagePulls", *n)
+	}
+	if f := k.Logging.Format; f != "text" && f != "json" {
+		return bad("kubelet.logging.format", "%q: want text or json", f)
+	}
+	for _, ip := range k.ClusterDNS {
+		if net.ParseIP(ip) == nil {
+			return bad("kubelet.clusterDNS", "%q is not an IP address", ip)
+		}
+	}
+	if d := k.CrashLoopBackOff.MaxContainerRestartPeriod; d != nil && (d.Seconds() < 1 || d.Seconds() > 300) {
+		return bad("kubelet.crashLoopBackOff.maxContainerRestartPeriod", "%s: want 1s to 300s", d.Duration)
+	}
+	for _, ip := range p.NodeIPs {
+		if net.ParseIP(ip) == nil {
+			return bad("podd.nodeIPs", "%q is not an IP address", ip)
+		}
+	}
+	if errs := validation.IsDNS1123Subdomain(p.NodeName); errs != nil {
+		return bad("podd.nodeName", "%q: %s", p.NodeName, errs[0])
+	}
+	if !instanceName.MatchString(p.Instance) {
+		return bad("podd.instance", "%q: want at most 8 small letters and digits", p.Instance)
+	}
+	for field, dir := range map[string]string{"podd.dataDir": p.DataDir, "podd.runDir": p.RunDir, "podd.rootDir": p.RootDir} {
+		if dir == "/" || dir == "" {
+			return bad(field, "%q cannot be the directory", dir)
+		}
+	}
+	return nil
+}

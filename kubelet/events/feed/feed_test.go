@@ -1,0 +1,73 @@
+package feed
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/watch"
+)
+
+func ev(t watch.EventType, rv string) watch.Event {
+	p := &v1.Pod{}
+	p.ResourceVersion = rv
+	return watch.Event{Type: t, Object: p}
+}
+
+func TestMerge(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		in   []watch.Event
+		want string
+	}{
+		{"added then modified is added", []watch.Event{ev(watch.Added, "1"), ev(watch.Modified, "2")}, "ADDED2 "},
+		{"modified twice", []watch.Event{ev(watch.Modified, "1"), ev(watch.Modified, "2")}, "MODIFIED2 "},
+		{"modified then deleted", []watch.Event{ev(watch.Modified, "1"), ev(watch.Deleted, "2")}, "DELETED2 "},
+		{"added then deleted stay two", []watch.Event{ev(watch.Added, "1"), ev(watch.Deleted, "2")}, "ADDED1 DELETED2 "},
+		{"replaced", []watch.Event{ev(watch.Deleted, "1"), ev(watch.Added, "2"), ev(watch.Modified, "3")}, "DELETED1 ADDED3 "},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			var q []Item
+			for _, e := range tc.in {
+				q = merge(q, Item{"a", e})
+			}
+			got := ""
+			for _, it := range q {
+				got += string(it.Event.Type) + it.Event.Object.(*v1.Pod).ResourceVersion + " "
+			}
+			if got != tc.want {
+				t.Fatalf("got %q, want %q", got, tc.want)
+			}
+		})
+	}
+}
+
+func TestSlowSubscriberDoesNotBlock(t *testing.T) {
+	var f Feed
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	ch := f.Subscribe(ctx, func() []Item { return []Item{{"a", ev(watch.Added, "0")}} })
+	for i := 0; i < 10000; i++ {
+		f.Publish("a", ev(watch.Modified, "x"))
+	}
+	f.Publish("a", ev(watch.Deleted, "last"))
+	n := 0
+	for e := range ch {
+		n++
+		if e.Type == watch.Deleted {
+			break
+		}
+	}
+	if n > 4 {
+		t.Fatalf("%d events for one object, want them merged", n)
+	}
+	cancel()
+	for range ch {
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.subs) != 0 {
+		t.Fatal("subscriber left behind")
+	}
+}

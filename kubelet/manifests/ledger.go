@@ -1,0 +1,213 @@
+package manifests
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// claim is one document that defines an object.
+type claim struct {
+	file *file
+	obj  *object
+}
+
+// delivery is what the sink was told of a pod.
+type delivery struct {
+	uid  types.UID
+	hash string
+	seen string
+}
+
+// ledger is who defines what, and what of it the sink has.
+type ledger struct {
+	claims    map[ObjectRef][]claim
+	delivered map[ObjectRef]delivery
+	uids      map[types.UID]ObjectRef // of the pods delivered
+	waiting   map[ObjectRef]struct{}  // pods whose UID another one has
+}
+
+func newLedger() ledger {
+	return ledger{
+		claims: map[ObjectRef][]claim{}, delivered: map[ObjectRef]delivery{},
+		uids: map[types.UID]ObjectRef{}, waiting: map[ObjectRef]struct{}{},
+	}
+}
+
+func (o *object) ref() ObjectRef {
+	return ObjectRef{Kind: o.kind(), Namespace: o.meta().Namespace, Name: o.meta().Name}
+}
+
+// claim replaces what a file defines.
+func (s *Source) claim(f *file, objects []object, affected map[ObjectRef]struct{}) {
+	for _, obj := range f.objects {
+		ref := obj.ref()
+		affected[ref] = struct{}{}
+		left := slices.DeleteFunc(s.claims[ref], func(c claim) bool { return c.file == f })
+		if len(left) == 0 {
+			delete(s.claims, ref)
+		} else {
+			s.claims[ref] = left
+		}
+	}
+	f.objects = objects
+	for i := range f.objects {
+		ref := f.objects[i].ref()
+		affected[ref] = struct{}{}
+		s.claims[ref] = append(s.claims[ref], claim{file: f, obj: &f.objects[i]})
+	}
+}
+
+// settleClaims decides for each affected object which document counts, and
+// tells: pods that go, ConfigMaps and Secrets that come, pods that come, and at
+// last ConfigMaps and Secrets that go, so that no pod ever lacks what it uses.
+func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
+	refs := make([]ObjectRef, 0, len(affected))
+	for ref := range affected {
+		refs = append(refs, ref)
+	}
+	slices.SortFunc(refs, func(a, b ObjectRef) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	var podsCome, objectsCome []claim
+	var objectsGo []ObjectRef
+	for _, ref := range refs {
+		all := s.claims[ref]
+		slices.SortFunc(all, byPrecedence)
+		s.reportConflicts(ref, all, now)
+		isPod := ref.Kind == "Pod"
+		switch {
+		case isPod && len(all) > 0:
+			podsCome = append(podsCome, all[0])
+		case isPod:
+			s.removePod(ref)
+		case len(all) > 0:
+			objectsCome = append(objectsCome, all[0])
+		default:
+			objectsGo = append(objectsGo, ref)
+		}
+	}
+	for _, c := range objectsCome {
+		s.putObject(c, now)
+	}
+	for _, c := range podsCome {
+		s.putPod(c, now)
+	}
+	for _, ref := range objectsGo {
+		if _, err := s.objects.get(ref); err == nil {
+			s.objects.set(ref, nil)
+			s.log.Info("object removed", "object", ref.String())
+		}
+	}
+	// Has a UID become free that another pod waits for?
+	for ref := range s.waiting {
+		if all := s.claims[ref]; len(all) == 0 {
+			delete(s.waiting, ref)
+		} else if s.uids[all[0].obj.pod.UID] == (ObjectRef{}) {
+			s.setConflicts(ref, nil, now)
+			s.putPod(all[0], now)
+		}
+	}
+}
+
+// byPrecedence orders the documents that define one object: the first one by the
+// name of its file counts. A file that is gone, but perhaps only renamed, yields.
+func byPrecedence(a, b claim) int {
+	goneA, goneB := !a.file.goneSince.IsZero(), !b.file.goneSince.IsZero()
+	if goneA != goneB {
+		if goneA {
+			return 1
+		}
+		return -1
+	}
+	return cmp.Compare(a.file.name, b.file.name)
+}
+
+func (s *Source) removePod(ref ObjectRef) {
+	d, ok := s.delivered[ref]
+	if !ok {
+		return
+	}
+	delete(s.delivered, ref)
+	delete(s.uids, d.uid)
+	s.log.Info("pod removed", "namespace", ref.Namespace, "pod", ref.Name, "uid", d.uid)
+	s.sink.RemovePod(SourceName, d.uid)
+}
+
+func (s *Source) putPod(c claim, now time.Time) {
+	ref := c.obj.ref()
+	old, had := s.delivered[ref]
+	d := delivery{uid: c.obj.pod.UID, hash: c.obj.hash, seen: now.Format(time.RFC3339Nano)}
+	if had && old.uid == d.uid {
+		if old.hash == d.hash {
+			return
+		}
+		d.seen = old.seen
+	}
+	if other, taken := s.uids[d.uid]; taken && other != ref {
+		// Two pods in one directory of the node: never.
+		s.waiting[ref] = struct{}{}
+		s.setConflicts(ref, append(s.problems.ofObject(ref), Problem{
+			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.uid", Kept: had,
+			Message: fmt.Sprintf("%s is the UID of %s too", d.uid, other), Remedy: "remove the field from one of the two",
+		}), now)
+		return
+	}
+	delete(s.waiting, ref)
+	if had {
+		delete(s.uids, old.uid)
+	}
+	s.uids[d.uid] = ref
+	s.delivered[ref] = d
+	pod := c.obj.pod.DeepCopy()
+	pod.Annotations[ConfigSeenAnnotation] = d.seen
+	s.log.Info("pod read", "file", c.file.name, "document", c.obj.doc, "namespace", ref.Namespace, "pod", ref.Name, "uid", d.uid, "replaces", old.uid)
+	s.sink.SetPod(SourceName, pod)
+	for _, w := range c.obj.warnings {
+		w.File, w.Document = s.path(c.file.name), c.obj.doc
+		s.log.Warn("field without effect", "file", w.File, "document", w.Document, "line", w.Line, "field", w.Field, "problem", w.Message)
+		if s.cfg.Recorder != nil {
+			s.cfg.Recorder.Eventf(podRef(pod), v1.EventTypeWarning, ReasonUnsupported, "%s", w.Error())
+		}
+	}
+}
+
+// putObject puts a ConfigMap or Secret in force.
+func (s *Source) putObject(c claim, now time.Time) {
+	ref, new := c.obj.ref(), c.obj
+	old, err := s.objects.get(ref)
+	had := err == nil
+	if had && old.hash == new.hash {
+		return
+	}
+	if had {
+		if fieldName := immutableChange(old, *new); fieldName != "" {
+			path := s.path(c.file.name)
+			s.setConflicts(ref, append(s.problems.ofObject(ref), Problem{File: path, Document: new.doc, Line: new.line, Field: fieldName, Kept: true,
+				Message: fmt.Sprintf("%s is immutable", ref), Remedy: "delete the document, then write it anew, or use another name"}), now)
+			return
+		}
+	}
+	s.objects.set(ref, new)
+	s.log.Info("object read", "object", ref.String(), "file", c.file.name)
+}
+
+// reportConflicts reports every document that loses against another one.
+func (s *Source) reportConflicts(ref ObjectRef, all []claim, now time.Time) {
+	var problems []Problem
+	for i, c := range all {
+		if i == 0 || !c.file.goneSince.IsZero() {
+			continue
+		}
+		problems = append(problems, Problem{
+			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.name",
+			Message: fmt.Sprintf("%s is already defined in %s", ref, s.path(all[0].file.name)),
+			Remedy:  "remove or rename one of the two",
+		})
+	}
+	s.setConflicts(ref, problems, now)
+}

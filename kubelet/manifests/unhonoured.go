@@ -1,0 +1,55 @@
+package manifests
+
+import (
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+)
+
+// ReasonUnsupported is the reason of the event about a field of a pod that has
+// no effect on this node.
+const ReasonUnsupported = "UnsupportedField"
+
+// unhonoured lists the fields of a pod that are set and that podd does not act
+// on. The pod runs without them; nobody shall have to find that out alone.
+// Whoever makes podd act on one takes it out here and in docs/support.md.
+func unhonoured(pod *v1.Pod) (found []Problem) {
+	say := func(set bool, path *field.Path, why string) {
+		if set {
+			found = append(found, Problem{Field: path.String(), Message: "has no effect: " + why})
+		}
+	}
+	const scheduling = "no scheduler chooses a node for a static pod"
+	const storage = "podd does not measure the local storage of pods yet"
+	spec, s := field.NewPath("spec"), &pod.Spec
+	say(len(s.NodeSelector) > 0, spec.Child("nodeSelector"), scheduling)
+	say(s.Affinity != nil, spec.Child("affinity"), scheduling)
+	say(len(s.TopologySpreadConstraints) > 0, spec.Child("topologySpreadConstraints"), scheduling)
+	say(s.SchedulerName != "" && s.SchedulerName != v1.DefaultSchedulerName, spec.Child("schedulerName"), scheduling)
+	say(len(s.SchedulingGates) > 0, spec.Child("schedulingGates"), scheduling)
+	say(s.SchedulingGroup != nil, spec.Child("schedulingGroup"), scheduling)
+	say(s.Overhead != nil, spec.Child("overhead"), "podd has no runtime classes with overhead")
+	if sc := s.SecurityContext; sc != nil {
+		say(sc.WindowsOptions != nil, spec.Child("securityContext", "windowsOptions"), "this is Linux")
+		say(sc.SELinuxChangePolicy != nil, spec.Child("securityContext", "seLinuxChangePolicy"), "volumes are relabelled, not mounted with a label, yet")
+	}
+	for i := range s.Volumes {
+		if e := s.Volumes[i].EmptyDir; e != nil && e.SizeLimit != nil && e.Medium == v1.StorageMediumDefault {
+			say(true, spec.Child("volumes").Index(i).Child("emptyDir", "sizeLimit"), storage)
+		}
+	}
+	container := func(p *field.Path, c *v1.Container, init bool) {
+		_, limited := c.Resources.Limits[v1.ResourceEphemeralStorage]
+		say(limited, p.Child("resources", "limits").Key(string(v1.ResourceEphemeralStorage)), storage)
+		say(len(c.RestartPolicyRules) > 0, p.Child("restartPolicyRules"), "rules of a container's own are not supported yet")
+		sidecar := init && c.RestartPolicy != nil && *c.RestartPolicy == v1.ContainerRestartPolicyAlways
+		say(c.RestartPolicy != nil && !sidecar, p.Child("restartPolicy"), "a policy of a container's own is not supported yet, but for sidecars")
+		say(c.SecurityContext != nil && c.SecurityContext.WindowsOptions != nil, p.Child("securityContext", "windowsOptions"), "this is Linux")
+	}
+	for i := range s.InitContainers {
+		container(spec.Child("initContainers").Index(i), &s.InitContainers[i], true)
+	}
+	for i := range s.Containers {
+		container(spec.Child("containers").Index(i), &s.Containers[i], false)
+	}
+	return found
+}

@@ -1,0 +1,130 @@
+package pods
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+)
+
+// ownMounts are the files that we put into every container: the managed hosts
+// file and the one that takes the termination message.
+func (s *launch) ownMounts() ([]*runtimeapi.Mount, error) {
+	var out []*runtimeapi.Mount
+	dir := s.w.t.cfg.Node.PodDir(s.pod.UID)
+	if spec.WantsHosts(s.pod, s.c, s.sandbox.IPs) {
+		content, err := s.w.t.cfg.Node.Hosts(s.pod, s.sandbox.IPs)
+		if err != nil {
+			return nil, err
+		}
+		path := filepath.Join(dir, "etc-hosts")
+		if err := writeShared(path, content, 0o644); err != nil {
+			return nil, fmt.Errorf("write the hosts file of pod %s: %w", s.pod.Name, err)
+		}
+		out = append(out, &runtimeapi.Mount{ContainerPath: spec.EtcHosts, HostPath: path, SelinuxRelabel: true})
+	}
+	if s.c.TerminationMessagePath != "" {
+		path := terminationFile(dir, s.c.Name, s.attempt)
+		if err := writeShared(path, nil, 0o666); err != nil {
+			return nil, fmt.Errorf("make the termination message file of container %s: %w", s.c.Name, err)
+		}
+		out = append(out, &runtimeapi.Mount{ContainerPath: s.c.TerminationMessagePath, HostPath: path, SelinuxRelabel: true})
+	}
+	return out, nil
+}
+
+// terminationFile takes the termination message of one instance.
+func terminationFile(podDir, container string, attempt int32) string {
+	return filepath.Join(podDir, "containers", container, fmt.Sprintf("%08x", attempt))
+}
+
+// writeShared writes a file that is mounted into containers: in place, so
+// that those that have it see the same, and never through a link. Containers
+// that start at the same time write the same.
+func writeShared(path string, content []byte, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, mode)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Chmod(mode); err != nil { // whatever the umask is
+		return err
+	}
+	have, err := io.ReadAll(io.LimitReader(f, int64(len(content))+1))
+	if err != nil || bytes.Equal(have, content) {
+		return err
+	}
+	if _, err := f.WriteAt(content, 0); err != nil {
+		return err
+	}
+	return f.Truncate(int64(len(content)))
+}
+
+// envFile reads one variable of a file in a volume (KEP-3721).
+func (s *launch) envFile(volume, path, key string) (string, bool, error) {
+	root, err := os.OpenRoot(filepath.Join(s.w.t.cfg.Node.PodDir(s.pod.UID), "volumes", "kubernetes.io~empty-dir", volume))
+	if err != nil {
+		return "", false, err
+	}
+	defer root.Close()
+	f, err := root.Open(path)
+	if err != nil {
+		return "", false, err
+	}
+	defer f.Close()
+	const maxEnvFile = 1 << 20 // what upstream reads at most
+	data, err := io.ReadAll(io.LimitReader(f, maxEnvFile))
+	if err != nil {
+		return "", false, err
+	}
+	return parseEnv(data, key)
+}
+
+// parseEnv finds key in lines of KEY='value', as KEP-3721 defines them:
+// single quotes, comments only on lines of their own.
+func parseEnv(data []byte, key string) (string, bool, error) {
+	rest := string(data)
+	for rest != "" {
+		line, after, _ := strings.Cut(rest, "\n")
+		trimmed := strings.TrimLeft(line, " \t")
+		if trimmed == "" || trimmed[0] == '#' {
+			rest = after
+			continue
+		}
+		name, value, ok := strings.Cut(trimmed, "=")
+		if !ok {
+			return "", false, fmt.Errorf("line %q has no =", line)
+		}
+		if strings.HasPrefix(value, "'") {
+			// The value goes on over lines up to the closing quote.
+			body := value[1:]
+			if end := strings.IndexByte(body, '\''); end >= 0 {
+				value = body[:end]
+				rest = after
+			} else {
+				end := strings.IndexByte(after, '\'')
+				if end < 0 {
+					return "", false, fmt.Errorf("value of %s has no closing quote", name)
+				}
+				value = body + "\n" + after[:end]
+				_, rest, _ = strings.Cut(after[end+1:], "\n")
+			}
+		} else {
+			rest = after
+		}
+		if strings.TrimSpace(name) == key {
+			return value, true, nil
+		}
+	}
+	return "", false, nil
+}

@@ -1,0 +1,186 @@
+package pods
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+)
+
+func TestTerminationMessage(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		p := filepath.Join(dir, name)
+		os.WriteFile(p, []byte(content), 0o644)
+		return p
+	}
+	var log strings.Builder
+	for i := range 200 {
+		fmt.Fprintf(&log, "2026-11-21T04:00:00.0Z stderr F line %d\n", i)
+	}
+	logPath := file("log", log.String())
+	partial := file("partial", "2026 stdout P one \n2026 stdout F two\n")
+	os.Symlink("/etc/passwd", filepath.Join(dir, "link"))
+	for _, tc := range []struct {
+		name, path, log, policy, message string
+		code                             int32
+		check                            func(string) bool
+	}{
+		{"the file", file("m", "bye"), logPath, "File", "", 1, func(s string) bool { return s == "bye" }},
+		{"after the runtime's", file("m", "bye"), logPath, "File", "oom", 137, func(s string) bool { return s == "oom: bye" }},
+		{"the end of a long one", file("long", strings.Repeat("x", 5000)+"end"), logPath, "File", "", 0, func(s string) bool { return len(s) == 4096 && strings.HasSuffix(s, "end") }},
+		{"empty, no fallback", file("e", ""), logPath, "File", "", 1, func(s string) bool { return s == "" }},
+		{"empty, fallback", file("e", ""), logPath, "FallbackToLogsOnError", "", 1, func(s string) bool {
+			return strings.HasSuffix(s, "line 198\nline 199\n") && strings.Count(s, "\n") <= 80 && len(s) <= 2048
+		}},
+		{"fallback only on error", file("e", ""), logPath, "FallbackToLogsOnError", "", 0, func(s string) bool { return s == "" }},
+		{"the file goes before the log", file("m", "bye"), logPath, "FallbackToLogsOnError", "", 1, func(s string) bool { return s == "bye" }},
+		{"partial lines", file("e", ""), partial, "FallbackToLogsOnError", "", 1, func(s string) bool { return s == "one two\n" }},
+		{"no log", file("e", ""), dir + "/no", "FallbackToLogsOnError", "", 1, func(s string) bool { return strings.HasPrefix(s, "Error on reading termination message from logs") }},
+		{"a link instead of the file", filepath.Join(dir, "link"), logPath, "File", "", 1, func(s string) bool { return strings.HasPrefix(s, "Error on reading") && !strings.Contains(s, "root:") }},
+		{"a fifo cannot hang us", dir, logPath, "File", "", 1, func(s string) bool { return strings.Contains(s, "not a regular file") }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := terminationMessage(&runtimeapi.ContainerStatus{
+				ExitCode: tc.code, Message: tc.message, LogPath: tc.log, Reason: "Error",
+				Annotations: map[string]string{spec.AnnTerminationMessagePath: "/dev/t", spec.AnnTerminationMessagePolicy: tc.policy},
+				Mounts:      []*runtimeapi.Mount{{ContainerPath: "/dev/t", HostPath: tc.path}},
+			})
+			if !tc.check(got) {
+				t.Errorf("%q", got)
+			}
+		})
+	}
+}
+
+func TestWriteShared(t *testing.T) {
+	dir := t.TempDir()
+	p := filepath.Join(dir, "sub", "hosts")
+	for _, content := range []string{"a long first version\n", "short\n", "short\n", ""} {
+		if err := writeShared(p, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := os.ReadFile(p); string(got) != content {
+			t.Fatalf("%q, want %q", got, content)
+		}
+	}
+	before, _ := os.Stat(p)
+	writeShared(p, []byte("in place\n"), 0o644)
+	if after, _ := os.Stat(p); !os.SameFile(before, after) {
+		t.Error("another file: containers that have it mounted see nothing")
+	}
+	target := filepath.Join(dir, "target")
+	os.WriteFile(target, []byte("keep"), 0o644)
+	os.Symlink(target, filepath.Join(dir, "link"))
+	if err := writeShared(filepath.Join(dir, "link"), []byte("x"), 0o644); err == nil {
+		t.Error("wrote through a link")
+	}
+	if got, _ := os.ReadFile(target); string(got) != "keep" {
+		t.Errorf("target is %q", got)
+	}
+}
+
+func TestParseEnv(t *testing.T) {
+	file := "# comment\n\nA='1'\nB = two\nC='multi\nline'\nD=''\n"
+	for _, tc := range []struct {
+		key, want string
+		found     bool
+	}{{"A", "1", true}, {"C", "multi\nline", true}, {"D", "", true}, {"Z", "", false}} {
+		got, found, err := parseEnv([]byte(file), tc.key)
+		if err != nil || got != tc.want || found != tc.found {
+			t.Errorf("%s is %q, %v, %v", tc.key, got, found, err)
+		}
+	}
+	for _, bad := range []string{"novalue\n", "A='open\n"} {
+		if _, _, err := parseEnv([]byte(bad), "Z"); err == nil {
+			t.Errorf("%q was taken", bad)
+		}
+	}
+}
+
+func TestAttemptByLogs(t *testing.T) {
+	dir := t.TempDir()
+	if attemptByLogs(filepath.Join(dir, "no")) != 0 {
+		t.Error("no directory")
+	}
+	for _, f := range []string{"0.log", "3.log", "3.log.20261121", "x.log", "99.txt"} {
+		os.WriteFile(filepath.Join(dir, f), nil, 0o644)
+	}
+	if got := attemptByLogs(dir); got != 4 {
+		t.Errorf("attempt %d", got)
+	}
+}
+
+func TestGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(1)
+		leave, _ := g.enter(t.Context())
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		if _, err := g.enter(ctx); err == nil {
+			t.Fatal("two at once")
+		}
+		began := time.Now()
+		leave2, err := g.enter(t.Context())
+		if err != nil || time.Since(began) != 500*time.Millisecond {
+			t.Fatalf("entered after %s: a hanging start must give its place away after a second", time.Since(began))
+		}
+		leave() // late: its place is gone already
+		leave2()
+		leave3, _ := g.enter(t.Context())
+		leave3()
+		if len(g.places) != 0 {
+			t.Fatal("a place is lost")
+		}
+	})
+}
+
+func TestUses(t *testing.T) {
+	ref := v1.LocalObjectReference{Name: "x"}
+	for i, mod := range []func(*v1.Pod){
+		func(p *v1.Pod) {
+			p.Spec.Volumes = []v1.Volume{{VolumeSource: v1.VolumeSource{ConfigMap: &v1.ConfigMapVolumeSource{LocalObjectReference: ref}}}}
+		},
+		func(p *v1.Pod) {
+			p.Spec.Volumes = []v1.Volume{{VolumeSource: v1.VolumeSource{Secret: &v1.SecretVolumeSource{SecretName: "x"}}}}
+		},
+		func(p *v1.Pod) {
+			p.Spec.Volumes = []v1.Volume{{VolumeSource: v1.VolumeSource{Projected: &v1.ProjectedVolumeSource{Sources: []v1.VolumeProjection{{Secret: &v1.SecretProjection{LocalObjectReference: ref}}}}}}}
+		},
+		func(p *v1.Pod) { p.Spec.ImagePullSecrets = []v1.LocalObjectReference{ref} },
+		func(p *v1.Pod) {
+			p.Spec.Containers[0].EnvFrom = []v1.EnvFromSource{{SecretRef: &v1.SecretEnvSource{LocalObjectReference: ref}}}
+		},
+		func(p *v1.Pod) {
+			p.Spec.Containers[0].Env = []v1.EnvVar{{ValueFrom: &v1.EnvVarSource{ConfigMapKeyRef: &v1.ConfigMapKeySelector{LocalObjectReference: ref}}}}
+		},
+	} {
+		p := mkpod("a", "u", mod)
+		if !uses(p, "x") || uses(p, "y") {
+			t.Errorf("case %d", i)
+		}
+	}
+}
+
+func TestWithTag(t *testing.T) {
+	for in, want := range map[string]string{
+		"nginx": "nginx:latest", "nginx:1": "nginx:1", "reg:5000/a": "reg:5000/a:latest", "reg:5000/a:2": "reg:5000/a:2",
+		"a@sha256:" + strings.Repeat("0", 64): "a@sha256:" + strings.Repeat("0", 64),
+	} {
+		if got, err := withTag(in); err != nil || got != want {
+			t.Errorf("%s: %s %v", in, got, err)
+		}
+	}
+	if _, err := withTag("UPPER CASE"); err == nil {
+		t.Error("an invalid name was taken")
+	}
+}

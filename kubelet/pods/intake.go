@@ -1,0 +1,222 @@
+package pods
+
+import (
+	"os"
+	"path/filepath"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/status"
+	"github.com/podd-runtime/podd/probes"
+)
+
+// set takes a pod of this name from a source.
+func (w *worker) set(source string, pod *v1.Pod) {
+	l := w.last()
+	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() {
+		// Another pod, or the same one after it was told to go: when all
+		// before it is gone.
+		w.next = &pending{source: source, pod: pod}
+		if l != nil && !l.leaving() {
+			w.leave(l, "")
+		}
+		return
+	}
+	w.next = nil
+	l.source = source
+	l.d.Held = false
+	if l.unseen {
+		l.told = &pending{source: source, pod: pod}
+		return
+	}
+	if sameRevision(l.d.Pod, pod) || !differ(&l.d.Pod.Spec, &pod.Spec, l.lenient) {
+		l.d.Pod = pod
+		if l.lenient {
+			w.reprobe(l)
+		}
+	} else {
+		w.change(l, pod)
+	}
+	l.lenient = false
+}
+
+// last is the pod that was begun last.
+func (w *worker) last() *life {
+	if len(w.lives) == 0 {
+		return nil
+	}
+	return w.lives[len(w.lives)-1]
+}
+
+// leaving says that the pod has been told to go for good.
+func (l *life) leaving() bool { return l.d.Stop != nil && l.d.Stop.Forget }
+
+// remove the pod of that UID.
+func (w *worker) remove(source string, uid types.UID) {
+	if w.next != nil && w.next.pod.UID == uid && w.next.source == source {
+		w.next = nil
+	}
+	for _, l := range w.lives {
+		if l.d.Pod.UID == uid && l.source == source && !l.leaving() {
+			w.leave(l, "")
+		}
+	}
+}
+
+// disclaim lets go of what no source has spoken for.
+func (w *worker) disclaim() {
+	for _, l := range w.lives {
+		if l.d.Held && !l.leaving() {
+			w.log.Info("pod is of no source, it will be removed", "uid", l.d.Pod.UID)
+			w.leave(l, "")
+		}
+	}
+}
+
+// leave ends a pod gracefully and for good.
+func (w *worker) leave(l *life, reason string) {
+	l.d.Held, l.told = false, nil
+	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Forget: true, Reason: reason})
+}
+
+// stop makes the order stand; a later one can only shorten and add to it.
+func (w *worker) stop(l *life, s Stop) {
+	s.Since = time.Now()
+	if have := l.d.Stop; have != nil {
+		s.Forget = s.Forget || have.Forget
+		s.Failed = s.Failed || have.Failed
+		if s.Reason == "" {
+			s.Reason, s.Message = have.Reason, have.Message
+		}
+		if !s.deadline().Before(have.deadline()) {
+			s.Since, s.Grace = have.Since, have.Grace
+		}
+	}
+	l.d.Stop = &s
+	for id := range l.probed {
+		w.t.probes.Remove(id)
+	}
+	w.log.Info("pod stops", "uid", l.d.Pod.UID, "grace", s.Grace, "forget", s.Forget, "reason", s.Reason)
+}
+
+// forget the pod: nothing of it is left but its logs and its record.
+func (w *worker) forget(l *life) {
+	pod := l.d.Pod
+	w.t.removeLogs(pod.Namespace, pod.Name, pod.UID)
+	w.t.records.save(pod.UID, nil)
+	w.lives = w.lives[1:]
+	if have := w.published.Load(); have != nil && have.UID == pod.UID {
+		w.t.gone(w, have)
+	}
+	w.t.release(pod.UID)
+	w.log.Info("pod is gone", "uid", pod.UID)
+}
+
+// removeLogs of a pod. The directory is the agent's: nothing in it is
+// mounted, and containers do not see it.
+func (t *Table) removeLogs(namespace, name string, uid types.UID) {
+	dir := t.cfg.Node.LogDir(namespace, name, uid)
+	links, _ := filepath.Glob(t.cfg.Node.LogLink(namespace, name, "*", "*"))
+	for _, l := range links {
+		os.Remove(l)
+	}
+	root, err := os.OpenRoot(t.cfg.Node.PodLogsDir)
+	if err != nil {
+		return
+	}
+	defer root.Close()
+	if err := root.RemoveAll(filepath.Base(dir)); err != nil {
+		t.log.Warn("logs are not removed", "path", dir, "error", err)
+	}
+}
+
+// change brings a pod of the same UID to another spec: containers that differ
+// are replaced, and all of them when the sandbox does.
+func (w *worker) change(l *life, pod *v1.Pod) {
+	old := l.d.Pod
+	l.d.Pod = pod
+	w.compare(l, old, l.lenient)
+	if l.d.Stop != nil || l.o.Completed {
+		w.revive(l)
+	}
+	l.o.Cgroup = unsure(l.o.Cgroup)
+	l.o.Volumes = unsure(l.o.Volumes)
+	clear(l.o.Retry)
+	clear(l.fails)
+	w.reprobe(l)
+	w.log.Info("pod changed", "uid", pod.UID)
+}
+
+// reprobe begins the probes of running containers anew: they may have changed.
+// What the old ones said holds until the new ones say otherwise.
+func (w *worker) reprobe(l *life) {
+	for i := range l.o.Containers {
+		c := &l.o.Containers[i]
+		if l.probed[c.ID] && c.State == status.Running && !l.o.Changed[c.Name] {
+			w.t.probes.Remove(c.ID)
+			delete(l.probed, c.ID)
+			l.restored[c.ID] = probes.State{Started: c.Started, Ready: c.Ready}
+		}
+	}
+}
+
+func unsure(s Step) Step {
+	if s == StepDone {
+		return StepUnknown
+	}
+	return s
+}
+
+// compare what runs with what is desired now.
+func (w *worker) compare(l *life, before *v1.Pod, lenient bool) {
+	made := l.sandboxPod
+	if made == nil {
+		made = before
+	}
+	if len(l.o.Sandboxes) > 0 {
+		l.o.SandboxChanged = differ(sandboxView(made), sandboxView(l.d.Pod), lenient)
+		l.sandboxPod = made
+	}
+	clear(l.o.Changed)
+	for i := range l.o.Containers {
+		name := l.o.Containers[i].Name
+		want := spec.Container(l.d.Pod, name)
+		was := l.applied[name]
+		if was == nil {
+			was = spec.Container(before, name)
+		}
+		if want == nil || was == nil {
+			continue
+		}
+		l.applied[name] = was
+		if differ(containerView(was), containerView(want), lenient) {
+			l.o.Changed[name] = true
+			delete(l.o.Backoffs, name)
+			delete(l.o.Images, name)
+			delete(l.failures, name)
+		}
+	}
+}
+
+// fail the pod for good, for a reason of the node's.
+func (w *worker) fail(l *life, reason, message string) {
+	l.failed = &status.Cause{Reason: reason, Message: message}
+	l.o.Completed = true
+	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: reason, Message: message, Failed: true})
+}
+
+// revive a pod that was down.
+func (w *worker) revive(l *life) {
+	if l.leaving() {
+		return
+	}
+	l.d.Stop, l.stopped, l.o.Completed, l.failed = nil, false, false, nil
+	l.status.Phase, l.status.Reason, l.status.Message = v1.PodPending, "", ""
+	clear(l.o.Kills)
+	clear(l.o.Retry)
+	clear(l.fails)
+	clear(l.probed)
+}

@@ -1,0 +1,203 @@
+package pods
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/status"
+	"github.com/podd-runtime/podd/probes"
+)
+
+// life is one pod, by UID, from its first step to its last. Only its worker's
+// goroutine touches it.
+type life struct {
+	d      Desired
+	o      Observed
+	source string
+	// stopped by a user: it stays down until it changes or is restarted.
+	stopped bool
+	failed  *status.Cause // by the node, for good
+
+	ops    map[string]*op
+	probed map[string]bool // by container id
+	// epoch counts what has changed the runtime: a look that began before a
+	// change says nothing about after it.
+	epoch int
+
+	made
+	tries
+	recovered
+	shown
+}
+
+// made is what the pod's parts were made of.
+type made struct {
+	// applied is the spec of each container's newest instance.
+	applied map[string]*v1.Container
+	// sandboxPod is the pod as it was when its sandbox was made.
+	sandboxPod *v1.Pod
+}
+
+// tries is what failed and is tried again.
+type tries struct {
+	// failures are why containers could not be started last time.
+	failures map[string]v1.ContainerStateWaiting
+	fails    map[string]int     // in a row, by key
+	attempts map[string]int32   // the next one, by container
+	pulls    map[string]Backoff // by container
+}
+
+// recovered is what only a pod of the last run has.
+type recovered struct {
+	// unseen: the runtime has not been asked yet. told is what a source says
+	// of it meanwhile.
+	unseen bool
+	told   *pending
+	// lenient: the record is of another build, whose defaults may differ.
+	lenient  bool
+	restored map[string]probes.State // by container id, until probed
+}
+
+// shown is what was published last.
+type shown struct {
+	status v1.PodStatus
+	spec   *v1.Pod
+	ended  ending
+	waits  map[string]v1.ContainerStateWaiting // of the last plan
+}
+
+func newLife(source string, pod *v1.Pod) *life {
+	return &life{
+		source: source,
+		d:      Desired{Pod: pod},
+		o: Observed{
+			Started: time.Now(), Images: map[string]ImageState{}, Verdicts: map[string]Verdict{},
+			Kills: map[string]Kill{}, Backoffs: map[string]Backoff{}, Changed: map[string]bool{},
+			Forced: map[string]string{}, Busy: map[string]time.Time{}, Retry: map[string]time.Time{},
+		},
+		ops: map[string]*op{}, probed: map[string]bool{},
+		made: made{applied: map[string]*v1.Container{}},
+		tries: tries{
+			failures: map[string]v1.ContainerStateWaiting{}, fails: map[string]int{},
+			attempts: map[string]int32{}, pulls: map[string]Backoff{},
+		},
+		recovered: recovered{restored: map[string]probes.State{}},
+	}
+}
+
+// op is something under way for a pod.
+type op struct {
+	cancel  context.CancelFunc
+	settled atomic.Bool
+	guard   *time.Timer // gives the op up
+	// cancelled by its worker, whose goroutine alone reads this.
+	cancelled bool
+}
+
+// container by id.
+func (l *life) container(id string) *status.Container {
+	for i := range l.o.Containers {
+		if l.o.Containers[i].ID == id {
+			return &l.o.Containers[i]
+		}
+	}
+	return nil
+}
+
+// put adds or replaces an instance, keeping what only we know of it.
+func (l *life) put(c status.Container) {
+	if have := l.container(c.ID); have != nil {
+		c.Started, c.Ready, c.Starting = have.Started, have.Ready, have.Starting
+		if have.State == status.Exited && c.State == status.Exited && c.Message == "" {
+			c.Message = have.Message
+		}
+		*have = c
+	} else {
+		l.o.Containers = append(l.o.Containers, c)
+		sortContainers(l.o.Containers)
+	}
+	l.seen(&c)
+}
+
+// seen keeps the count of restarts: instances that were never started do not
+// count, their number is used again.
+func (l *life) seen(c *status.Container) {
+	next := c.Attempt
+	if c.State != status.Created {
+		next++
+	}
+	l.attempts[c.Name] = max(l.attempts[c.Name], next)
+}
+
+func (l *life) dropContainer(id string) {
+	l.o.Containers = slices.DeleteFunc(l.o.Containers, func(c status.Container) bool { return c.ID == id })
+	delete(l.o.Kills, id)
+	delete(l.o.Verdicts, id)
+	delete(l.restored, id)
+	delete(l.probed, id)
+}
+
+func sortContainers(cs []status.Container) {
+	slices.SortStableFunc(cs, func(a, b status.Container) int {
+		if a.Name == b.Name && a.Attempt != b.Attempt {
+			return int(b.Attempt - a.Attempt)
+		}
+		return b.CreatedAt.Compare(a.CreatedAt)
+	})
+}
+
+// observed is the part of what is known that the status is made of.
+func (l *life) observed(hostIPs []string) *status.Observed {
+	o := &status.Observed{
+		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
+		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed,
+	}
+	if s := l.o.current(); s != nil {
+		o.SandboxReady, o.PodIPs = true, s.IPs
+	}
+	if len(l.failures)+len(l.waits) > 0 {
+		o.Waiting = make(map[string]v1.ContainerStateWaiting, len(l.failures)+len(l.waits))
+		for name, f := range l.failures {
+			if l.tried(name) {
+				o.Waiting[name] = f
+			}
+		}
+		maps.Copy(o.Waiting, l.waits)
+	}
+	if s := l.d.Stop; s != nil && !s.Failed && s.Reason != "" {
+		o.Note = &status.Cause{Reason: s.Reason, Message: s.Message}
+	}
+	return o
+}
+
+// tried says whether a container that could not be started will be tried
+// again: one that will not does not wait, it has ended.
+func (l *life) tried(name string) bool {
+	c, n := spec.Container(l.d.Pod, name), l.o.newest(name)
+	if c == nil || n == nil || n.State != status.Exited {
+		return true
+	}
+	p := planner{d: &l.d, o: &l.o}
+	return p.wanted(c, n)
+}
+
+// down says that nothing of the pod runs or is held any more.
+func (l *life) down() bool {
+	for i := range l.o.Containers {
+		if l.o.Containers[i].Alive() {
+			return false
+		}
+	}
+	for i := range l.o.Sandboxes {
+		if !l.o.Sandboxes[i].Stopped {
+			return false
+		}
+	}
+	return len(l.o.Busy) == 0 && l.o.Volumes == StepAbsent && l.o.Cgroup == StepAbsent
+}

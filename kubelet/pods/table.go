@@ -1,0 +1,348 @@
+package pods
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podd-runtime/podd/kubelet/events/feed"
+	"github.com/podd-runtime/podd/probes"
+)
+
+// Table is the node's pods. Sources fill it (manifests.Sink), Run keeps them.
+type Table struct {
+	cfg    Config
+	deps   Deps
+	policy Policy
+	log    *slog.Logger
+
+	records *records
+	probes  *probes.Scheduler
+	limits  limits
+	// ctx of everything that is under way; set by Run before any worker runs.
+	ctx     context.Context
+	ops     sync.WaitGroup // calls under way
+	running sync.WaitGroup // workers
+	sweeper *worker        // holds UIDs that are being cleaned up; never runs
+
+	mu sync.Mutex
+	index
+	sources
+	readers
+}
+
+// limits of what is done at once.
+type limits struct {
+	starts *gate
+	pulls  chan struct{}
+}
+
+// sources is what the sources have said; guarded by Table.mu.
+type sources struct {
+	early  []func() // before Run had looked around
+	synced map[string]bool
+}
+
+// readers of pods; guarded by Table.mu.
+type readers struct {
+	rv      uint64
+	history history
+	feed    feed.Feed
+}
+
+// index finds workers; guarded by Table.mu.
+type index struct {
+	open    bool // recovery is over
+	workers map[types.NamespacedName]*worker
+	uids    map[types.UID]*worker
+	ids     map[string]*worker // of sandboxes and containers
+	// told holds the workers that were given a pod of that UID: one, but for
+	// manifests that share a UID.
+	told map[types.UID][]*worker
+	// blocked workers wait for a UID that another one has.
+	blocked map[types.UID][]*worker
+}
+
+// New returns a Table; Run must be called for anything to happen.
+func New(cfg Config, deps Deps) *Table {
+	cfg.defaults(runtime.GOMAXPROCS(0))
+	t := &Table{
+		cfg: cfg, deps: deps, log: cfg.Log,
+		policy:  Policy{Backoff: cfg.Backoff, MinGrace: 2 * time.Second},
+		records: newRecords(cfg.RecordDir, cfg.Log),
+		limits:  limits{starts: newGate(cfg.ParallelStarts), pulls: make(chan struct{}, cfg.ParallelPulls)},
+		sources: sources{synced: map[string]bool{}},
+		index: index{
+			workers: map[types.NamespacedName]*worker{}, uids: map[types.UID]*worker{}, ids: map[string]*worker{},
+			told: map[types.UID][]*worker{}, blocked: map[types.UID][]*worker{},
+		},
+	}
+	t.sweeper = &worker{t: t, key: types.NamespacedName{Name: "sweep"}, log: cfg.Log, wake: make(chan struct{}, 1)}
+	t.probes = probes.New(probes.Config{
+		Exec: execer{deps.Runtime}, Events: deps.Events, Log: cfg.Log,
+		Parallel: cfg.ParallelProbes, ParallelExec: cfg.ParallelExecProbes,
+		Report: func(r probes.Result) {
+			if w := t.owner(r.ID); w != nil {
+				w.post(func() { w.probed(r) })
+			}
+		},
+	})
+	return t
+}
+
+// Run looks at what runs already, then keeps the pods until ctx ends. All
+// pods are left running then.
+func (t *Table) Run(ctx context.Context) error {
+	t.ctx = ctx
+	for _, dir := range []string{t.cfg.Node.PodLogsDir, filepath.Join(filepath.Dir(t.cfg.Node.PodLogsDir), "containers")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("make the log directory (--pod-logs-dir): %w", err)
+		}
+	}
+	events := t.deps.Runtime.Subscribe(ctx)
+	if err := t.recover(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	var parts sync.WaitGroup
+	parts.Go(func() { t.records.run(ctx) })
+	parts.Go(func() { _ = t.probes.Run(ctx) })
+	parts.Go(func() { t.dispatch(ctx, events) })
+	parts.Go(func() { t.audits(ctx) })
+	t.openUp()
+	<-ctx.Done()
+	parts.Wait()
+	t.mu.Lock()
+	t.index.open = false // no more workers
+	t.mu.Unlock()
+	t.running.Wait()
+	t.waitOps()
+	t.records.flush()
+	return nil
+}
+
+// waitOps waits for calls under way, but not for those that do not listen.
+func (t *Table) waitOps() {
+	done := make(chan struct{})
+	go func() { t.ops.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(abandonAfter):
+		t.log.Warn("runtime calls are still under way at the end")
+	}
+}
+
+// openUp lets sources in, first with what they have said already.
+func (t *Table) openUp() {
+	t.mu.Lock()
+	t.index.open = true
+	early := t.early
+	t.early = nil
+	for _, w := range t.index.workers {
+		t.start(w)
+	}
+	for _, f := range early {
+		f()
+	}
+	t.mu.Unlock()
+}
+
+// tell runs f, which has t.mu, now or when recovery is over.
+func (t *Table) tell(f func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.index.open {
+		t.early = append(t.early, f)
+		return
+	}
+	f()
+}
+
+// SetPod adds or replaces a pod; see manifests.Sink. pod must not be changed
+// afterwards.
+func (t *Table) SetPod(source string, pod *v1.Pod) {
+	t.tell(func() {
+		key := types.NamespacedName{Namespace: pod.Namespace, Name: pod.Name}
+		w := t.index.workers[key]
+		if w == nil {
+			w = t.newWorker(key)
+			t.start(w)
+		}
+		if w.told != pod.UID {
+			// A pod of another UID is another pod: the last one is told to go by it.
+			t.index.untell(w)
+			w.told = pod.UID
+			t.index.told[pod.UID] = append(t.index.told[pod.UID], w)
+		}
+		w.post(func() { w.set(source, pod) })
+	})
+}
+
+// RemovePod stops a pod gracefully and forgets it; see manifests.Sink.
+func (t *Table) RemovePod(source string, uid types.UID) {
+	t.tell(func() {
+		for _, w := range t.index.told[uid] {
+			w.post(func() { w.remove(source, uid) })
+		}
+		// A pod of the last run may be known by its record alone.
+		if w := t.index.uids[uid]; w != nil && !slices.Contains(t.index.told[uid], w) {
+			w.post(func() { w.remove(source, uid) })
+		}
+	})
+}
+
+// Synced says that source has told all it has; see manifests.Sink.
+func (t *Table) Synced(source string) {
+	t.tell(func() {
+		if t.synced[source] {
+			return
+		}
+		t.synced[source] = true
+		if !t.complete() {
+			return
+		}
+		for _, w := range t.index.workers {
+			w.post(w.disclaim)
+		}
+		t.ops.Add(1)
+		go func() { defer t.ops.Done(); t.sweep() }()
+	})
+}
+
+// complete says that all sources have told all; t.mu is held.
+func (t *Table) complete() bool {
+	for _, s := range t.cfg.Sources {
+		if !t.synced[s] {
+			return false
+		}
+	}
+	return t.index.open
+}
+
+// holder of a UID.
+func (t *Table) holder(uid types.UID) *worker {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.index.uids[uid]
+}
+
+// newWorker for a name; t.mu is held.
+func (t *Table) newWorker(key types.NamespacedName) *worker {
+	w := &worker{
+		t: t, key: key, wake: make(chan struct{}, 1), timer: time.NewTimer(time.Hour),
+		log: t.log.With("pod", key.String()),
+	}
+	w.timer.Stop()
+	t.index.workers[key] = w
+	return w
+}
+
+func (t *Table) start(w *worker) {
+	t.running.Add(1)
+	go func() { defer t.running.Done(); w.run(t.ctx) }()
+}
+
+// retire forgets a worker that has nothing left, unless something has come in.
+func (t *Table) retire(w *worker) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.inbox) > 0 {
+		return false
+	}
+	delete(t.index.workers, w.key)
+	t.index.untell(w)
+	return true
+}
+
+// untell forgets which UID a worker was given.
+func (i *index) untell(w *worker) {
+	left := slices.DeleteFunc(i.told[w.told], func(o *worker) bool { return o == w })
+	if len(left) > 0 {
+		i.told[w.told] = left
+	} else {
+		delete(i.told, w.told)
+	}
+	w.told = ""
+}
+
+// claim a UID for a worker. Directories and cgroups are named by it, so that
+// two pods of one UID, from two manifests, run one after the other.
+func (t *Table) claim(uid types.UID, w *worker) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if o := t.index.uids[uid]; o != nil && o != w {
+		if !slices.Contains(t.index.blocked[uid], w) {
+			w.log.Warn("pod waits for another of the same uid", "uid", uid, "other", o.key.String())
+			t.index.blocked[uid] = append(t.index.blocked[uid], w)
+		}
+		return false
+	}
+	t.index.uids[uid] = w
+	return true
+}
+
+// release a UID and wake those who may wait for it.
+func (t *Table) release(uid types.UID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.index.uids, uid)
+	for _, w := range t.index.blocked[uid] {
+		w.post(func() {})
+	}
+	delete(t.index.blocked, uid)
+}
+
+func (t *Table) own(id string, w *worker) {
+	t.mu.Lock()
+	t.index.ids[id] = w
+	t.mu.Unlock()
+}
+
+func (t *Table) disown(id string) {
+	t.mu.Lock()
+	delete(t.index.ids, id)
+	t.mu.Unlock()
+}
+
+func (t *Table) owner(id string) *worker {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.index.ids[id]
+}
+
+// dispatch hands the runtime's events to the workers they concern.
+func (t *Table) dispatch(ctx context.Context, events <-chan *runtimeapi.ContainerEventResponse) {
+	for ev := range events {
+		if w := t.owner(ev.ContainerId); w != nil {
+			w.post(func() { w.happened(ev) })
+		}
+	}
+	if ctx.Err() == nil {
+		t.log.Error("the runtime's events have ended, only the audit is left")
+	}
+}
+
+// all workers there are.
+func (t *Table) all() []*worker {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := make([]*worker, 0, len(t.index.workers))
+	for _, w := range t.index.workers {
+		out = append(out, w)
+	}
+	return out
+}

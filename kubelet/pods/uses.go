@@ -1,0 +1,62 @@
+package pods
+
+import v1 "k8s.io/api/core/v1"
+
+// uses says whether the pod names a ConfigMap or Secret of that name. A name
+// that fits the other kind costs one look too many, which does no harm.
+func uses(pod *v1.Pod, name string) bool {
+	for i := range pod.Spec.Volumes {
+		if volumeUses(&pod.Spec.Volumes[i].VolumeSource, name) {
+			return true
+		}
+	}
+	for i := range pod.Spec.ImagePullSecrets {
+		if pod.Spec.ImagePullSecrets[i].Name == name {
+			return true
+		}
+	}
+	for _, list := range [][]v1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			if containerUses(&list[i], name) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func volumeUses(v *v1.VolumeSource, name string) bool {
+	switch {
+	case v.ConfigMap != nil:
+		return v.ConfigMap.Name == name
+	case v.Secret != nil:
+		return v.Secret.SecretName == name
+	case v.Projected != nil:
+		for i := range v.Projected.Sources {
+			s := &v.Projected.Sources[i]
+			if s.ConfigMap != nil && s.ConfigMap.Name == name || s.Secret != nil && s.Secret.Name == name {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func containerUses(c *v1.Container, name string) bool {
+	for i := range c.EnvFrom {
+		f := &c.EnvFrom[i]
+		if f.ConfigMapRef != nil && f.ConfigMapRef.Name == name || f.SecretRef != nil && f.SecretRef.Name == name {
+			return true
+		}
+	}
+	for i := range c.Env {
+		f := c.Env[i].ValueFrom
+		if f == nil {
+			continue
+		}
+		if f.ConfigMapKeyRef != nil && f.ConfigMapKeyRef.Name == name || f.SecretKeyRef != nil && f.SecretKeyRef.Name == name {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,59 @@
+package pods
+
+import (
+	"context"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+)
+
+func ref(pod *v1.Pod) *v1.ObjectReference { return spec.Ref(pod, "") }
+
+// setupVolumes makes all volumes of the pod.
+func (w *worker) setupVolumes(l *life) {
+	pod := l.d.Pod
+	l.o.Volumes = StepUnknown
+	// No deadline of its own: foreign file systems have theirs, inside.
+	w.async(l, Action{Kind: SetupVolumes}, 2*w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
+		if err := w.t.deps.Volumes.Setup(ctx, pod); err != nil {
+			if ctx.Err() == nil {
+				w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
+			}
+			return nil, err
+		}
+		return func() { l.o.Volumes = StepDone }, nil
+	})
+}
+
+// teardownVolumes unmounts and deletes all of the pod's directory.
+func (w *worker) teardownVolumes(l *life) {
+	pod := l.d.Pod
+	l.o.Volumes = StepUnknown
+	w.async(l, Action{Kind: Teardown}, 2*w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
+		if err := w.t.deps.Volumes.Teardown(ctx, pod.UID); err != nil {
+			w.log.Warn("volumes are not torn down", "uid", pod.UID, "error", err)
+			return nil, err
+		}
+		return func() { l.o.Volumes = StepAbsent }, nil
+	})
+}
+
+// refreshVolumes brings changed ConfigMaps and Secrets into the pod's volumes.
+func (w *worker) refreshVolumes(l *life) {
+	if l.o.Volumes != StepDone {
+		// A step that waits for its next try need not wait longer.
+		delete(l.o.Retry, Action{Kind: SetupVolumes}.key())
+		return
+	}
+	pod := l.d.Pod
+	w.t.ops.Add(1)
+	go func() {
+		defer w.t.ops.Done()
+		ctx, cancel := context.WithTimeout(w.t.ctx, w.t.cfg.CallTimeout)
+		defer cancel()
+		if err := w.t.deps.Volumes.Refresh(ctx, pod); err != nil && ctx.Err() == nil {
+			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
+		}
+	}()
+}

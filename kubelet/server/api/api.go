@@ -1,0 +1,91 @@
+// Package api is the vocabulary of podd's own part of the local API, below
+// /podd/v1 on the daemon's socket. Everything else there is the Kubernetes API.
+package api
+
+import "time"
+
+// SocketName is the local API's socket in the run directory.
+const SocketName = "api.sock"
+
+// Prefix of podd's own resources.
+const Prefix = "/podd/v1"
+
+// Version tells what runs.
+type Version struct {
+	// Version is the release or commit, Go the toolchain.
+	Version string `json:"version"`
+	Go      string `json:"go,omitempty"`
+	PID     int    `json:"pid,omitempty"`
+}
+
+// Versions answers GET /podd/v1/version.
+type Versions struct {
+	Daemon Version  `json:"daemon"`
+	Shim   *Version `json:"shim,omitempty"` // absent: podd-shim does not answer
+}
+
+// Status answers GET /podd/v1/status.
+type Status struct {
+	Versions
+	NodeName  string    `json:"nodeName"`
+	StartedAt time.Time `json:"startedAt"`
+	// Pods by phase.
+	Pods  map[string]int `json:"pods"`
+	Pulls []Progress     `json:"pulls,omitempty"`
+	// Problems counts the manifests that are not in force.
+	Problems int `json:"problems"`
+	// Goroutines of the daemon, for those who look for leaks.
+	Goroutines int `json:"goroutines"`
+}
+
+// Problem is a manifest, or a part of one, that is not in force.
+type Problem struct {
+	File     string    `json:"file"`
+	Document int       `json:"document,omitempty"` // from 1; 0: the whole file
+	Line     int       `json:"line,omitempty"`     // from 1; 0: not known
+	Field    string    `json:"field,omitempty"`
+	Message  string    `json:"message"`
+	Remedy   string    `json:"remedy,omitempty"`
+	Kept     bool      `json:"kept,omitempty"` // the last good version stays in force
+	Since    time.Time `json:"since"`
+}
+
+// Problems answers GET /podd/v1/problems.
+type Problems struct {
+	Items []Problem `json:"items"`
+}
+
+// Image of the node's store.
+type Image struct {
+	ID      string   `json:"id"`
+	Tags    []string `json:"tags,omitempty"`
+	Digests []string `json:"digests,omitempty"`
+	Size    int64    `json:"size"` // bytes
+	Pinned  bool     `json:"pinned,omitempty"`
+}
+
+// Images answers GET /podd/v1/images, and PUT with what was loaded.
+type Images struct {
+	Items []Image `json:"items"`
+}
+
+// Pull is the body of POST /podd/v1/images.
+type Pull struct {
+	Ref string `json:"ref"`
+	// Username and Password for the registry; empty: what the daemon knows.
+	Username string `json:"username,omitempty"`
+	Password string `json:"password,omitempty"`
+}
+
+// Progress is one line of the answer to a pull: JSON lines, the last one with
+// Image or Error.
+type Progress struct {
+	Ref        string `json:"ref"`
+	Stage      string `json:"stage,omitempty"` // resolving, downloading, unpacking, done
+	Layers     int    `json:"layers,omitempty"`
+	LayersDone int    `json:"layersDone,omitempty"`
+	Bytes      int64  `json:"bytes,omitempty"`
+	Total      int64  `json:"total,omitempty"`
+	Image      *Image `json:"image,omitempty"`
+	Error      string `json:"error,omitempty"`
+}

@@ -1,0 +1,301 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podd-runtime/podd/cri/images"
+	"github.com/podd-runtime/podd/kubelet/server/api"
+)
+
+func (s *Server) ownRoutes(m *http.ServeMux) {
+	m.HandleFunc("GET "+api.Prefix+"/version", short(s.version))
+	m.HandleFunc("GET "+api.Prefix+"/status", short(s.status))
+	m.HandleFunc("GET "+api.Prefix+"/problems", short(func(w http.ResponseWriter, r *http.Request) error {
+		out := api.Problems{Items: []api.Problem{}}
+		if s.cfg.Problems != nil {
+			out.Items = problems(s.cfg.Problems())
+		}
+		writeJSON(w, http.StatusOK, &out)
+		return nil
+	}))
+	m.HandleFunc("GET "+api.Prefix+"/images", short(s.images))
+	m.HandleFunc("POST "+api.Prefix+"/images", long(s.pull))
+	m.HandleFunc("PUT "+api.Prefix+"/images", long(s.load))
+	m.HandleFunc("DELETE "+api.Prefix+"/images", short(s.removeImage))
+
+	const pod = api.Prefix + "/namespaces/{namespace}/pods/{name}"
+	m.HandleFunc("POST "+pod+"/stop", long(func(w http.ResponseWriter, r *http.Request) error {
+		p, err := s.pod(r)
+		if err != nil {
+			return err
+		}
+		grace, err := gracePeriod(r.URL.Query(), nil)
+		if err != nil {
+			return err
+		}
+		if err := s.cfg.Pods.Stop(r.Context(), p.Namespace, p.Name, grace); err != nil {
+			return fmt.Errorf("stop pod %s/%s: %w", p.Namespace, p.Name, err)
+		}
+		return done(w)
+	}))
+	m.HandleFunc("POST "+pod+"/start", short(func(w http.ResponseWriter, r *http.Request) error {
+		p, err := s.pod(r)
+		if err != nil {
+			return err
+		}
+		if name := runs(p); name != "" {
+			return apierrors.NewConflict(resource("pods"), p.Name, fmt.Errorf("its container %s runs", name))
+		}
+		if err := s.cfg.Pods.Restart(r.Context(), p.Namespace, p.Name, ""); err != nil {
+			return fmt.Errorf("start pod %s/%s: %w", p.Namespace, p.Name, err)
+		}
+		return done(w)
+	}))
+	m.HandleFunc("POST "+pod+"/restart", long(func(w http.ResponseWriter, r *http.Request) error {
+		p, err := s.pod(r)
+		if err != nil {
+			return err
+		}
+		if err := s.cfg.Pods.Restart(r.Context(), p.Namespace, p.Name, r.URL.Query().Get("container")); err != nil {
+			return fmt.Errorf("restart pod %s/%s: %w", p.Namespace, p.Name, err)
+		}
+		return done(w)
+	}))
+	m.HandleFunc("POST "+api.Prefix+"/stop", long(func(w http.ResponseWriter, r *http.Request) error {
+		grace, err := gracePeriod(r.URL.Query(), nil)
+		if err != nil {
+			return err
+		}
+		if err := s.cfg.Pods.StopAll(r.Context(), grace); err != nil {
+			return fmt.Errorf("stop all pods: %w", err)
+		}
+		return done(w)
+	}))
+	m.HandleFunc("POST "+api.Prefix+"/shutdown", short(func(w http.ResponseWriter, r *http.Request) error {
+		if s.cfg.Shutdown == nil {
+			return apierrors.NewMethodNotSupported(resource("shutdown"), "create")
+		}
+		if err := done(w); err != nil {
+			return err
+		}
+		http.NewResponseController(w).Flush() // before the socket goes
+		s.cfg.Shutdown()
+		return nil
+	}))
+}
+
+// runs names a container of the pod that runs; "": none.
+func runs(p *v1.Pod) string {
+	for _, c := range p.Status.ContainerStatuses {
+		if c.State.Running != nil {
+			return c.Name
+		}
+	}
+	return ""
+}
+
+func done(w http.ResponseWriter) error {
+	writeJSON(w, http.StatusOK, &metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
+	return nil
+}
+
+func (s *Server) versions(ctx context.Context) api.Versions {
+	out := api.Versions{Daemon: api.Version{Version: s.cfg.Version, Go: runtime.Version(), PID: os.Getpid()}}
+	if s.cfg.Shim != nil {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		if info, err := s.cfg.Shim(ctx); err == nil {
+			out.Shim = &api.Version{Version: info.BuildID, PID: info.PID}
+		}
+	}
+	return out
+}
+
+func (s *Server) version(w http.ResponseWriter, r *http.Request) error {
+	v := s.versions(r.Context())
+	writeJSON(w, http.StatusOK, &v)
+	return nil
+}
+
+func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
+	out := api.Status{Versions: s.versions(r.Context()), NodeName: s.cfg.NodeName, StartedAt: s.started, Pods: map[string]int{}, Goroutines: runtime.NumGoroutine()}
+	for _, p := range s.cfg.Pods.List() {
+		out.Pods[string(p.Status.Phase)]++
+	}
+	for _, p := range s.cfg.Images.Pulling() {
+		out.Pulls = append(out.Pulls, progress(p))
+	}
+	if s.cfg.Problems != nil {
+		out.Problems = len(s.cfg.Problems())
+	}
+	writeJSON(w, http.StatusOK, &out)
+	return nil
+}
+
+func image(i *images.Image) api.Image {
+	return api.Image{ID: i.ID, Tags: i.RepoTags, Digests: i.RepoDigests, Size: i.Size, Pinned: i.Pinned}
+}
+
+func imageList(in []*images.Image) api.Images {
+	out := api.Images{Items: make([]api.Image, 0, len(in))}
+	for _, i := range in {
+		out.Items = append(out.Items, image(i))
+	}
+	return out
+}
+
+func progress(p images.Progress) api.Progress {
+	return api.Progress{Ref: p.Ref, Stage: p.Stage, Layers: p.Layers, LayersDone: p.LayersDone, Bytes: p.Bytes, Total: p.Total}
+}
+
+func (s *Server) images(w http.ResponseWriter, r *http.Request) error {
+	all, err := s.cfg.Images.List(r.Context())
+	if err != nil {
+		return fmt.Errorf("list images: %w", err)
+	}
+	out := imageList(all)
+	writeJSON(w, http.StatusOK, &out)
+	return nil
+}
+
+// pull answers with JSON lines: progress while it lasts, then the image or the error.
+func (s *Server) pull(w http.ResponseWriter, r *http.Request) error {
+	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+	var req api.Pull
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil {
+		return apierrors.NewBadRequest("pull: " + err.Error())
+	}
+	if req.Ref == "" {
+		return apierrors.NewBadRequest("pull: ref is required")
+	}
+	var auth *runtimeapi.AuthConfig
+	if req.Username != "" {
+		auth = &runtimeapi.AuthConfig{Username: req.Username, Password: req.Password}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	enc, flusher := json.NewEncoder(w), http.NewResponseController(w)
+	// The puller must not wait for a slow client: it leaves the newest state
+	// and this handler sends what it finds.
+	var mu sync.Mutex
+	var latest *images.Progress
+	more := make(chan struct{}, 1)
+	type result struct {
+		image *images.Image
+		err   error
+	}
+	finished := make(chan result, 1)
+	ctx := r.Context()
+	go func() {
+		i, err := s.cfg.Images.Pull(ctx, req.Ref, auth, func(p images.Progress) {
+			mu.Lock()
+			latest = &p
+			mu.Unlock()
+			select {
+			case more <- struct{}{}:
+			default:
+			}
+		})
+		finished <- result{i, err}
+	}()
+	for {
+		select {
+		case <-more:
+			mu.Lock()
+			p := *latest
+			mu.Unlock()
+			if err := enc.Encode(progress(p)); err == nil {
+				flusher.Flush()
+			}
+		case res := <-finished:
+			last := api.Progress{Ref: req.Ref}
+			if res.err != nil {
+				last.Error = statusOf(res.err).Message
+			} else {
+				i := image(res.image)
+				last.Stage, last.Image = "done", &i
+			}
+			enc.Encode(&last)
+			return nil
+		}
+	}
+}
+
+func (s *Server) load(w http.ResponseWriter, r *http.Request) error {
+	all, err := s.cfg.Images.Load(r.Context(), r.Body, images.LoadOptions{Name: r.URL.Query().Get("name")})
+	if err != nil {
+		return fmt.Errorf("load images: %w", err)
+	}
+	out := imageList(distinct(all))
+	writeJSON(w, http.StatusOK, &out)
+	return nil
+}
+
+// distinct keeps of each image the last that is said of it: an archive names
+// an image once for each of its tags.
+func distinct(list []*images.Image) []*images.Image {
+	last := map[string]int{}
+	for i, img := range list {
+		last[img.ID] = i
+	}
+	var out []*images.Image
+	for i, img := range list {
+		if last[img.ID] == i {
+			out = append(out, img)
+		}
+	}
+	return out
+}
+
+func (s *Server) removeImage(w http.ResponseWriter, r *http.Request) error {
+	ref := r.URL.Query().Get("ref")
+	if ref == "" {
+		return apierrors.NewBadRequest("ref is required")
+	}
+	i, err := s.cfg.Images.Get(r.Context(), ref)
+	if err != nil {
+		return fmt.Errorf("image %s: %w", ref, err)
+	}
+	if r.URL.Query().Get("force") != "true" {
+		if user := s.imageUser(i); user != "" {
+			return apierrors.NewConflict(resource("images"), ref, fmt.Errorf("pod %s uses it; stop the pod first or use --force", user))
+		}
+	}
+	if err := s.cfg.Images.Remove(r.Context(), ref); err != nil {
+		return fmt.Errorf("remove image %s: %w", ref, err)
+	}
+	out := imageList([]*images.Image{i})
+	writeJSON(w, http.StatusOK, &out)
+	return nil
+}
+
+// imageUser names a pod with a container on the image that runs or may start again; "": none.
+func (s *Server) imageUser(i *images.Image) string {
+	for _, p := range s.cfg.Pods.List() {
+		for _, list := range [][]v1.ContainerStatus{p.Status.ContainerStatuses, p.Status.InitContainerStatuses} {
+			for _, c := range list {
+				id := c.ImageID
+				if c.State.Terminated == nil && (strings.HasSuffix(id, i.ID) || slices.Contains(i.RepoDigests, id)) {
+					return p.Namespace + "/" + p.Name
+				}
+			}
+		}
+	}
+	return ""
+}
+
+func resource(name string) schema.GroupResource { return schema.GroupResource{Resource: name} }

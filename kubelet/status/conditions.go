@@ -1,0 +1,138 @@
+package status
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+)
+
+// Reasons of conditions, upstream's words.
+const (
+	ContainersNotReady       = "ContainersNotReady"
+	ContainersNotInitialized = "ContainersNotInitialized"
+	ReadinessGatesNotReady   = "ReadinessGatesNotReady"
+	PodCompleted             = "PodCompleted"
+	PodFailed                = "PodFailed"
+)
+
+// conditions of the pod; those of others, such as readiness gates, are kept.
+func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition, now time.Time) []v1.PodCondition {
+	containers := containersReady(pod, s)
+	own := []v1.PodCondition{
+		{Type: v1.PodReadyToStartContainers, Status: truth(o.SandboxReady)},
+		initialized(pod, s),
+		podReady(pod, containers, old),
+		containers,
+		{Type: v1.PodScheduled, Status: v1.ConditionTrue},
+	}
+	for i := range own {
+		c := &own[i]
+		c.ObservedGeneration = pod.Generation
+		c.LastTransitionTime = metav1.NewTime(now.Truncate(time.Second))
+		if _, was := podutil.GetPodConditionFromList(old, c.Type); was != nil && was.Status == c.Status {
+			c.LastTransitionTime = was.LastTransitionTime
+		}
+	}
+	for _, c := range old {
+		if _, mine := podutil.GetPodConditionFromList(own, c.Type); mine == nil {
+			own = append(own, c)
+		}
+	}
+	return own
+}
+
+func truth(b bool) v1.ConditionStatus {
+	if b {
+		return v1.ConditionTrue
+	}
+	return v1.ConditionFalse
+}
+
+func overReason(phase v1.PodPhase) (reason string, over bool) {
+	switch phase {
+	case v1.PodSucceeded:
+		return PodCompleted, true
+	case v1.PodFailed:
+		return PodFailed, true
+	}
+	return "", false
+}
+
+func containersReady(pod *v1.Pod, s *v1.PodStatus) v1.PodCondition {
+	c := v1.PodCondition{Type: v1.ContainersReady, Status: v1.ConditionFalse}
+	if reason, over := overReason(s.Phase); over {
+		c.Reason = reason
+		return c
+	}
+	var unready []string
+	for i := range pod.Spec.InitContainers {
+		ic := &pod.Spec.InitContainers[i]
+		if cs := find(s.InitContainerStatuses, ic.Name); podutil.IsRestartableInitContainer(ic) && !cs.Ready {
+			unready = append(unready, ic.Name)
+		}
+	}
+	for i := range pod.Spec.Containers {
+		if cs := find(s.ContainerStatuses, pod.Spec.Containers[i].Name); !cs.Ready {
+			unready = append(unready, cs.Name)
+		}
+	}
+	if len(unready) > 0 {
+		c.Reason, c.Message = ContainersNotReady, fmt.Sprintf("containers with unready status: %s", unready)
+		return c
+	}
+	c.Status = v1.ConditionTrue
+	return c
+}
+
+func podReady(pod *v1.Pod, containers v1.PodCondition, all []v1.PodCondition) v1.PodCondition {
+	c := containers
+	c.Type = v1.PodReady
+	if c.Status != v1.ConditionTrue {
+		return c
+	}
+	var unready []string
+	for _, gate := range pod.Spec.ReadinessGates {
+		switch _, g := podutil.GetPodConditionFromList(all, gate.ConditionType); {
+		case g == nil:
+			unready = append(unready, fmt.Sprintf("corresponding condition of pod readiness gate %q does not exist.", gate.ConditionType))
+		case g.Status != v1.ConditionTrue:
+			unready = append(unready, fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but %v", gate.ConditionType, g.Status))
+		}
+	}
+	if len(unready) > 0 {
+		c.Status, c.Reason, c.Message = v1.ConditionFalse, ReadinessGatesNotReady, strings.Join(unready, ", ")
+	}
+	return c
+}
+
+func initialized(pod *v1.Pod, s *v1.PodStatus) v1.PodCondition {
+	c := v1.PodCondition{Type: v1.PodInitialized, Status: v1.ConditionTrue}
+	if s.Phase == v1.PodSucceeded {
+		c.Reason = PodCompleted
+		return c
+	}
+	if anyStarted(s.ContainerStatuses) {
+		return c
+	}
+	var incomplete []string
+	for i := range pod.Spec.InitContainers {
+		ic := &pod.Spec.InitContainers[i]
+		cs := find(s.InitContainerStatuses, ic.Name)
+		done := cs.Ready
+		if podutil.IsRestartableInitContainer(ic) {
+			done = cs.Started != nil && *cs.Started
+		}
+		if !done {
+			incomplete = append(incomplete, ic.Name)
+		}
+	}
+	if len(incomplete) > 0 {
+		c.Status, c.Reason = v1.ConditionFalse, ContainersNotInitialized
+		c.Message = fmt.Sprintf("containers with incomplete status: %s", incomplete)
+	}
+	return c
+}

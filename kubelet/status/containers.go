@@ -1,0 +1,163 @@
+package status
+
+import (
+	"sort"
+
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+)
+
+// Scheme is the container runtime's name in "podd://<container id>".
+const Scheme = "podd"
+
+// Reasons that this package gives by itself.
+const (
+	ContainerCreating = "ContainerCreating"
+	PodInitializing   = "PodInitializing"
+	StatusUnknown     = "ContainerStatusUnknown"
+)
+
+// containerStatuses of a list of containers. Regular ones come sorted by
+// name, init containers in their order, as upstream has it.
+func containerStatuses(pod *v1.Pod, containers []v1.Container, init bool, o *Observed, old []v1.ContainerStatus) []v1.ContainerStatus {
+	out := make([]v1.ContainerStatus, 0, len(containers))
+	for i := range containers {
+		c := &containers[i]
+		out = append(out, containerStatus(pod, c, init, o, find(old, c.Name)))
+	}
+	if !init {
+		sort.Slice(out, func(i, j int) bool { return out[i].Name < out[j].Name })
+	}
+	return out
+}
+
+func find(list []v1.ContainerStatus, name string) *v1.ContainerStatus {
+	for i := range list {
+		if list[i].Name == name {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *v1.ContainerStatus) v1.ContainerStatus {
+	s := v1.ContainerStatus{
+		Name: c.Name, Image: c.Image, State: notYet(pod),
+		Resources: resources(c), AllocatedResources: c.Resources.Requests, VolumeMounts: volumeMounts(c),
+	}
+	if old != nil {
+		s.RestartCount, s.LastTerminationState = old.RestartCount, old.LastTerminationState
+	}
+	sidecar := init && podutil.IsRestartableInitContainer(c)
+	inst := o.Newest(c.Name)
+	switch {
+	case inst != nil:
+		fill(&s, inst)
+		if prev := o.previous(c.Name); prev != nil && prev.State == Exited {
+			s.LastTerminationState = v1.ContainerState{Terminated: terminated(prev)}
+		} else if old != nil && old.State.Terminated != nil && old.ContainerID != s.ContainerID {
+			s.LastTerminationState = v1.ContainerState{Terminated: old.State.Terminated}
+		}
+	case init && !sidecar && anyCreated(pod, o):
+		// Its instance was collected; what came after it proves its success.
+		s.State = v1.ContainerState{Terminated: &v1.ContainerStateTerminated{
+			Reason:  "Completed",
+			Message: "Unable to get init container status from container runtime and pod has been initialized, treat it as exited normally",
+		}}
+	case old != nil && old.State.Terminated != nil:
+		s.State, s.ContainerID, s.ImageID = old.State, old.ContainerID, old.ImageID
+	case old != nil && old.State.Running != nil:
+		// The runtime lost a container that ran: say so, invent nothing.
+		s.RestartCount++
+		s.LastTerminationState = v1.ContainerState{Terminated: &v1.ContainerStateTerminated{
+			Reason:      StatusUnknown,
+			Message:     "The container could not be located when the pod was deleted.  The container used to be Running",
+			ExitCode:    137,
+			ContainerID: old.ContainerID,
+			StartedAt:   old.State.Running.StartedAt,
+		}}
+	}
+	if w, ok := o.Waiting[c.Name]; ok && (inst == nil || !inst.Alive()) {
+		if s.State.Terminated != nil {
+			s.LastTerminationState = s.State
+		}
+		s.State = v1.ContainerState{Waiting: &w}
+	}
+	started := inst != nil && inst.State == Running && inst.Started && !inst.Starting
+	s.Started = &started
+	s.Ready = started && inst.Ready
+	if init && !sidecar {
+		s.Ready = s.State.Terminated != nil && s.State.Terminated.ExitCode == 0 && s.State.Terminated.Reason != "OOMKilled"
+	}
+	return s
+}
+
+// notYet is the state of a container that nothing is known of.
+func notYet(pod *v1.Pod) v1.ContainerState {
+	reason := ContainerCreating
+	if len(pod.Spec.InitContainers) > 0 {
+		reason = PodInitializing
+	}
+	return v1.ContainerState{Waiting: &v1.ContainerStateWaiting{Reason: reason}}
+}
+
+func fill(s *v1.ContainerStatus, c *Container) {
+	s.ContainerID = Scheme + "://" + c.ID
+	if c.Image != "" {
+		s.Image = c.Image
+	}
+	s.ImageID = c.ImageRef
+	s.RestartCount = max(s.RestartCount, c.Attempt)
+	switch {
+	case c.Starting && c.State != Exited:
+		// Upstream shows a container as running when its postStart hook is over.
+	case c.State == Running:
+		s.State = v1.ContainerState{Running: &v1.ContainerStateRunning{StartedAt: metav1.NewTime(c.StartedAt)}}
+	case c.State == Exited:
+		s.State = v1.ContainerState{Terminated: terminated(c)}
+	case c.State == Unknown:
+		s.State = v1.ContainerState{Waiting: &v1.ContainerStateWaiting{}}
+	}
+}
+
+func terminated(c *Container) *v1.ContainerStateTerminated {
+	return &v1.ContainerStateTerminated{
+		ExitCode: c.ExitCode, Reason: c.Reason, Message: c.Message,
+		StartedAt: metav1.NewTime(c.StartedAt), FinishedAt: metav1.NewTime(c.FinishedAt),
+		ContainerID: Scheme + "://" + c.ID,
+	}
+}
+
+func anyCreated(pod *v1.Pod, o *Observed) bool {
+	for i := range pod.Spec.Containers {
+		if o.Newest(pod.Spec.Containers[i].Name) != nil {
+			return true
+		}
+	}
+	return false
+}
+
+func resources(c *v1.Container) *v1.ResourceRequirements {
+	return &v1.ResourceRequirements{Limits: c.Resources.Limits, Requests: c.Resources.Requests}
+}
+
+func volumeMounts(c *v1.Container) []v1.VolumeMountStatus {
+	if len(c.VolumeMounts) == 0 {
+		return nil
+	}
+	out := make([]v1.VolumeMountStatus, 0, len(c.VolumeMounts))
+	for i := range c.VolumeMounts {
+		m := &c.VolumeMounts[i]
+		s := v1.VolumeMountStatus{Name: m.Name, MountPath: m.MountPath, ReadOnly: m.ReadOnly}
+		if m.ReadOnly {
+			mode := v1.RecursiveReadOnlyDisabled
+			if r := m.RecursiveReadOnly; r != nil && (*r == v1.RecursiveReadOnlyEnabled || *r == v1.RecursiveReadOnlyIfPossible) {
+				mode = v1.RecursiveReadOnlyEnabled
+			}
+			s.RecursiveReadOnly = &mode
+		}
+		out = append(out, s)
+	}
+	return out
+}

@@ -1,0 +1,81 @@
+package status
+
+import (
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+)
+
+// Compute returns the status of pod for what is observed. old is the status
+// of the same pod before: times of transition, restart counts, last states
+// and a terminal phase live on in it; nil for a new pod.
+func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodStatus {
+	if old == nil {
+		old = &v1.PodStatus{}
+	}
+	s := v1.PodStatus{
+		ObservedGeneration:         pod.Generation,
+		QOSClass:                   qos.GetPodQOS(pod),
+		InitContainerStatuses:      containerStatuses(pod, pod.Spec.InitContainers, true, o, old.InitContainerStatuses),
+		ContainerStatuses:          containerStatuses(pod, pod.Spec.Containers, false, o, old.ContainerStatuses),
+		EphemeralContainerStatuses: ephemeralStatuses(pod, o, old.EphemeralContainerStatuses),
+		Reason:                     old.Reason,
+		Message:                    old.Message,
+	}
+	if len(pod.Spec.InitContainers) == 0 {
+		s.InitContainerStatuses = nil
+	}
+	if !o.StartTime.IsZero() {
+		t := metav1.NewTime(o.StartTime.Truncate(time.Second))
+		s.StartTime = &t
+	}
+	s.Phase = phase(pod, s.InitContainerStatuses, s.ContainerStatuses, o.Terminal)
+	switch {
+	case over(old.Phase):
+		// A pod never leaves its terminal phase.
+		s.Phase = old.Phase
+	case o.Failed != nil:
+		s.Phase, s.Reason, s.Message = v1.PodFailed, o.Failed.Reason, o.Failed.Message
+	case o.Note != nil:
+		s.Reason, s.Message = o.Note.Reason, o.Note.Message
+	default:
+		s.Reason, s.Message = "", ""
+	}
+	addresses(pod, &s, o)
+	s.Conditions = conditions(pod, &s, o, old.Conditions, now)
+	return s
+}
+
+func over(p v1.PodPhase) bool { return p == v1.PodSucceeded || p == v1.PodFailed }
+
+func addresses(pod *v1.Pod, s *v1.PodStatus, o *Observed) {
+	for i, ip := range o.HostIPs {
+		if i == 0 {
+			s.HostIP = ip
+		}
+		s.HostIPs = append(s.HostIPs, v1.HostIP{IP: ip})
+	}
+	ips := o.PodIPs
+	if pod.Spec.HostNetwork && o.SandboxReady {
+		ips = o.HostIPs
+	}
+	for i, ip := range ips {
+		if i == 0 {
+			s.PodIP = ip
+		}
+		s.PodIPs = append(s.PodIPs, v1.PodIP{IP: ip})
+	}
+}
+
+func ephemeralStatuses(pod *v1.Pod, o *Observed, old []v1.ContainerStatus) []v1.ContainerStatus {
+	if len(pod.Spec.EphemeralContainers) == 0 {
+		return nil
+	}
+	cs := make([]v1.Container, len(pod.Spec.EphemeralContainers))
+	for i := range cs {
+		cs[i] = v1.Container(pod.Spec.EphemeralContainers[i].EphemeralContainerCommon)
+	}
+	return containerStatuses(pod, cs, false, o, old)
+}

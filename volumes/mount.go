@@ -1,0 +1,199 @@
+package volumes
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// mountAt mounts a new filesystem on name in d. It uses the new mount API, so
+// that the place is a descriptor; nosuid and nodev as upstream's callers get
+// them from their mounter's defaults do not apply: a pod may make devices in an
+// emptyDir if it is privileged.
+func mountAt(d *dir, name, fstype string, attrs int, options map[string]string) error {
+	at := d.name + "/" + name
+	target, err := unix.Openat(d.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: at, Err: err}
+	}
+	defer unix.Close(target)
+	fs, err := unix.Fsopen(fstype, unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return &os.PathError{Op: "fsopen " + fstype + " for", Path: at, Err: err}
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigSetString(fs, "source", fstype); err != nil {
+		return &os.PathError{Op: "mount " + fstype, Path: at, Err: err}
+	}
+	for key, value := range options {
+		if value == "" {
+			err = unix.FsconfigSetFlag(fs, key)
+		} else {
+			err = unix.FsconfigSetString(fs, key, value)
+		}
+		if err != nil {
+			return fmt.Errorf("mount %s on %s: option %s=%s: %w", fstype, at, key, value, err)
+		}
+	}
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return &os.PathError{Op: "mount " + fstype + " on", Path: at, Err: err}
+	}
+	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attrs)
+	if err != nil {
+		return &os.PathError{Op: "mount " + fstype + " on", Path: at, Err: err}
+	}
+	defer unix.Close(mnt)
+	if err := unix.MoveMount(mnt, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
+		return &os.PathError{Op: "mount " + fstype + " on", Path: at, Err: err}
+	}
+	return nil
+}
+
+// mountEntry is one line of /proc/self/mountinfo (Linux
+// Documentation/filesystems/proc.rst, 3.5).
+type mountEntry struct {
+	id     uint64
+	parent uint64
+	point  string
+	fstype string
+	source string
+}
+
+// mountTable is the mounts of this process's namespace, in order of mounting.
+type mountTable struct {
+	entries []mountEntry
+}
+
+func readMounts() (*mountTable, error) {
+	data, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	return parseMounts(data)
+}
+
+func parseMounts(data []byte) (*mountTable, error) {
+	t := &mountTable{entries: make([]mountEntry, 0, bytes.Count(data, []byte("\n")))}
+	for line := range strings.Lines(string(data)) {
+		line = strings.TrimSuffix(line, "\n")
+		head, tail, ok := strings.Cut(line, " - ")
+		fields := strings.Split(head, " ")
+		rest := strings.Split(tail, " ")
+		if !ok || len(fields) < 6 || len(rest) < 2 {
+			return nil, fmt.Errorf("mountinfo: cannot read line %q", line)
+		}
+		id, err1 := strconv.ParseUint(fields[0], 10, 64)
+		parent, err2 := strconv.ParseUint(fields[1], 10, 64)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, fmt.Errorf("mountinfo: line %q: %w", line, err)
+		}
+		t.entries = append(t.entries, mountEntry{
+			id: id, parent: parent, point: unescape(fields[4]), fstype: rest[0], source: unescape(rest[1]),
+		})
+	}
+	return t, nil
+}
+
+// unescape undoes the octal escapes of mountinfo (space, tab, newline,
+// backslash).
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+// below returns the mounts strictly below path, the last mounted first, so that
+// they can be unmounted in this order.
+func (t *mountTable) below(path string) []mountEntry {
+	var found []mountEntry
+	for _, e := range t.entries {
+		if strings.HasPrefix(e.point, path+"/") {
+			found = append(found, e)
+		}
+	}
+	// A mount moved or made under an older one still has the greater depth.
+	slices.Reverse(found)
+	slices.SortStableFunc(found, func(a, b mountEntry) int {
+		return strings.Count(b.point, "/") - strings.Count(a.point, "/")
+	})
+	return found
+}
+
+// foreignTypes are the filesystems whose every access may wait for something
+// that is not this machine.
+var foreignTypes = []string{"nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "9p", "afs", "lustre", "glusterfs", "gfs2", "ocfs2", "beegfs", "gpfs", "autofs", "orangefs", "coda"}
+
+func foreignType(fstype string) bool {
+	return strings.HasPrefix(fstype, "fuse") && fstype != "fusectl" || slices.Contains(foreignTypes, fstype)
+}
+
+// maxLinks is the kernel's limit for links in one path.
+const maxLinks = 40
+
+// foreignPath says whether a path leads to or through a foreign filesystem. It
+// looks at links, but never at anything on such a filesystem.
+func (t *mountTable) foreignPath(path string) bool {
+	// The filesystem at a place is that of the last mount there.
+	points := map[string]string{}
+	any := false
+	for _, e := range t.entries {
+		points[e.point] = e.fstype
+		any = any || foreignType(e.fstype)
+	}
+	if !any {
+		return false
+	}
+	at, links := "/", 0
+	rest := strings.Split(path, "/")
+	for len(rest) > 0 {
+		name := rest[0]
+		rest = rest[1:]
+		switch name {
+		case "", ".":
+			continue
+		case "..":
+			at = filepath.Dir(at)
+			continue
+		}
+		next := filepath.Join(at, name)
+		if fstype, ok := points[next]; ok {
+			if foreignType(fstype) {
+				return true
+			}
+			at = next // a mount point is not a link
+			continue
+		}
+		target, err := os.Readlink(next)
+		if err != nil {
+			at = next // not a link, or not there
+			continue
+		}
+		if links++; links > maxLinks {
+			return false // the kernel says ELOOP
+		}
+		if filepath.IsAbs(target) {
+			at = "/"
+		}
+		rest = append(strings.Split(target, "/"), rest...)
+	}
+	return false
+}

@@ -1,0 +1,123 @@
+package volumes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+)
+
+// fsGroup gives a volume to the pod's group, as upstream's
+// volume.SetVolumeOwnership does: everything in it is owned by the group, which
+// may read and write it, and directories hand the group on.
+
+const (
+	groupReadWrite = 0o660
+	groupEnter     = unix.S_ISGID | 0o110
+)
+
+// applyGroup gives all below root, and root last, to a group. With the policy
+// OnRootMismatch nothing is done when root is right: root is changed last, so
+// then all below is. It goes from descriptor to descriptor and never through a
+// link or into another mount; a link itself changes hands, not what it names.
+func applyGroup(ctx context.Context, root *dir, group int, policy v1.PodFSGroupChangePolicy) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(root.fd, &st); err != nil {
+		return err
+	}
+	want := st.Mode | groupReadWrite | groupEnter
+	if policy == v1.FSGroupChangeOnRootMismatch && int(st.Gid) == group && st.Mode == want {
+		return nil
+	}
+	mount, err := mountID(root.fd)
+	if err != nil {
+		return err
+	}
+	if err := groupBelow(ctx, root, group, mount); err != nil {
+		return fmt.Errorf("fsGroup %d: %w", group, err)
+	}
+	return regroup(root.fd, &st, group)
+}
+
+func groupBelow(ctx context.Context, d *dir, group int, mount uint64) error {
+	names, err := d.names()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := groupEntry(ctx, d, name, group, mount); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+func groupEntry(ctx context.Context, d *dir, name string, group int, mount uint64) error {
+	// O_PATH opens anything, links and devices included, without touching it.
+	fd, err := unix.Openat(d.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: d.name + "/" + name, Err: err}
+	}
+	defer unix.Close(fd)
+	id, err := mountID(fd)
+	if err != nil || id != mount {
+		return err // what is mounted here is not the volume's
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		sub, err := d.openDir(name)
+		if err != nil {
+			return err
+		}
+		defer sub.close()
+		if same, err := sameInode(sub.fd, &st); err != nil || !same {
+			return err // exchanged meanwhile: not what was looked at
+		}
+		if err := groupBelow(ctx, sub, group, mount); err != nil {
+			return err
+		}
+	}
+	return regroup(fd, &st, group)
+}
+
+func sameInode(fd int, st *unix.Stat_t) (bool, error) {
+	var now unix.Stat_t
+	err := unix.Fstat(fd, &now)
+	return now.Dev == st.Dev && now.Ino == st.Ino, err
+}
+
+// regroup changes group and mode of one open file.
+func regroup(fd int, st *unix.Stat_t, group int) error {
+	if err := unix.Fchownat(fd, "", -1, group, unix.AT_EMPTY_PATH|unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return err
+	}
+	mode := st.Mode&0o7777 | groupReadWrite
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFLNK:
+		return nil // has no mode
+	case unix.S_IFDIR:
+		mode |= groupEnter
+	}
+	// After the chown, which clears the set-id bits. The descriptor may be one
+	// that fchmod refuses (O_PATH); its link in /proc leads to it and nowhere
+	// else.
+	return unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode)
+}
+
+// groupPolicy is the pod's policy; Always is the default.
+func groupPolicy(pod *v1.Pod) v1.PodFSGroupChangePolicy {
+	if sc := pod.Spec.SecurityContext; sc != nil && sc.FSGroupChangePolicy != nil {
+		return *sc.FSGroupChangePolicy
+	}
+	return v1.FSGroupChangeAlways
+}

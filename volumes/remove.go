@@ -1,0 +1,202 @@
+package volumes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// errCrossesMount is returned when a tree to be removed holds a mount.
+var errCrossesMount = fmt.Errorf("is a mount point, not removed: %w", errdefs.ErrFailedPrecondition)
+
+// removeTree removes name in d and all below it: from descriptor to descriptor,
+// never through a link, never into another mount.
+func removeTree(d *dir, name string) error {
+	return removeTreeContext(context.Background(), d, name)
+}
+
+func removeTreeContext(ctx context.Context, d *dir, name string) error {
+	id, err := mountID(d.fd)
+	if err != nil {
+		return err
+	}
+	return removeBelow(ctx, d, name, id)
+}
+
+func removeBelow(ctx context.Context, d *dir, name string, mount uint64) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	// Most entries are not directories: unlink tells.
+	err := unix.Unlinkat(d.fd, name, 0)
+	switch {
+	case err == nil || errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EPERM): // POSIX allows EPERM for directories
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
+	default:
+		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: err}
+	}
+	sub, err := d.openDir(name)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: unix.EPERM}
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	// What was opened is what is looked at: no race with a mount in between.
+	id, err := mountID(sub.fd)
+	if err == nil && id != mount {
+		err = fmt.Errorf("%s: %w", sub.name, errCrossesMount)
+	}
+	if err != nil {
+		sub.close()
+		return err
+	}
+	names, err := sub.names()
+	var errs []error
+	if err != nil {
+		errs = append(errs, err)
+	}
+	for _, n := range names {
+		if err := removeBelow(ctx, sub, n, mount); err != nil {
+			errs = append(errs, err)
+			if ctx.Err() != nil || len(errs) >= 10 {
+				break // enough to tell
+			}
+		}
+	}
+	sub.close()
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	if err := unix.Unlinkat(d.fd, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
+		}
+		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: err}
+	}
+	return nil
+}
+
+// Teardown unmounts all that is mounted in a pod's directory, proves by the
+// mount table that it is gone, and deletes the directory. It may be called
+// without Setup, and again. It never deletes anything on another mount: when
+// one cannot be taken away the directory stays and the error names it.
+func (v *Volumes) Teardown(ctx context.Context, uid types.UID) error {
+	defer v.lock(uid)()
+	if err := checkUID(uid); err != nil {
+		return err
+	}
+	base, err := openDir(filepath.Join(v.cfg.RootDir, "pods"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer base.close()
+	pod, err := base.openDir(string(uid))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("directory of pod %s: %w", uid, err)
+	}
+	err = v.unmountBelow(ctx, pod)
+	pod.close()
+	if err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
+	if err := removeTreeContext(ctx, base, string(uid)); err != nil {
+		return fmt.Errorf("directory of pod %s: %w", uid, err)
+	}
+	return nil
+}
+
+// maxPasses bounds how often the mount table is read: stacked mounts show up
+// one after the other.
+const maxPasses = 8
+
+// unmountBelow takes away every mount below d.
+func (v *Volumes) unmountBelow(ctx context.Context, d *dir) error {
+	// The mount table has real paths.
+	real, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(d.fd))
+	if err != nil {
+		return err
+	}
+	var last error
+	for pass := range maxPasses {
+		table, err := readMounts()
+		if err != nil {
+			return err
+		}
+		found := table.below(real)
+		if len(found) == 0 {
+			return nil
+		}
+		for _, m := range found {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			// What does not go politely is detached: it disappears from the
+			// tree at once and from the kernel with its last user.
+			if err := v.unmount(ctx, d, m, real, pass > 0); err != nil {
+				last = err
+				v.log.Debug("unmount", "path", m.point, "fstype", m.fstype, "error", err)
+			}
+		}
+	}
+	table, err := readMounts()
+	if err != nil {
+		return err
+	}
+	if left := table.below(real); len(left) > 0 {
+		return fmt.Errorf("%s (%s of %s, mount %d) cannot be unmounted: %w", left[0].point, left[0].fstype, left[0].source, left[0].id, last)
+	}
+	return nil
+}
+
+// unmount takes one mount away. Its parent directory is opened without following
+// any link, so that nothing a container put into a volume leads elsewhere.
+func (v *Volumes) unmount(ctx context.Context, d *dir, m mountEntry, real string, detach bool) error {
+	if foreignType(m.fstype) {
+		return v.unmountForeign(ctx, m, detach)
+	}
+	flags := unix.UMOUNT_NOFOLLOW
+	if detach {
+		flags |= unix.MNT_DETACH
+	}
+	return unmountPoint(d.fd, m.point[len(real)+1:], flags)
+}
+
+// unmountPoint unmounts a path below an open directory.
+func unmountPoint(fd int, rel string, flags int) error {
+	up, name := filepath.Split(rel)
+	parent := fd
+	if up != "" {
+		p, err := retry(func() (int, error) {
+			return unix.Openat2(fd, filepath.Clean(up), &unix.OpenHow{
+				Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH,
+			})
+		})
+		if err != nil {
+			return &os.PathError{Op: "open", Path: up, Err: err}
+		}
+		defer unix.Close(p)
+		parent = p
+	}
+	if err := unix.Unmount("/proc/self/fd/"+strconv.Itoa(parent)+"/"+name, flags); err != nil {
+		return &os.PathError{Op: "unmount", Path: rel, Err: err}
+	}
+	return nil
+}
