@@ -32,6 +32,20 @@ type echo struct {
 func (e echo) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	fmt.Fprintf(out, "%s %s\n", id, strings.Join(cmd, " "))
 	if resize != nil {
+		// A WebSocket carries input and sizes in one sequence, and its client
+		// sends them in either order: take the input while waiting for the size.
+		if in != nil {
+			r, w := io.Pipe()
+			defer r.Close()
+			go func(from io.Reader) {
+				b, err := io.ReadAll(from)
+				if err == nil {
+					_, err = w.Write(b)
+				}
+				w.CloseWithError(err)
+			}(in)
+			in = r
+		}
 		size := <-resize
 		fmt.Fprintf(out, "%dx%d\n", size.Width, size.Height)
 	}
