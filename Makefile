@@ -13,7 +13,7 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest node-test node-shell bench check deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest cluster-test node-test node-shell bench check deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
@@ -60,6 +60,9 @@ node-shell: test-deps build ## A root shell on that machine, with bin/ and examp
 
 critest: test-deps ## Run upstream's validation suite of the CRI against bin/podd only (as root)
 	@GO='$(GO)' .ci/tests critest
+
+cluster-test: test-deps ## Run podd as a node of upstream's control plane (as root; builds that at first, for minutes)
+	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests cluster
 
 bench: deps build ## Measure podd next to upstream's kubelet and containerd (as root; builds those at first, for minutes)
 	@integration/peer/build.sh .cache/peers

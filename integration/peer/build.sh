@@ -1,8 +1,11 @@
 #!/bin/sh
 # Builds the peers that the benchmarks and suites compare with, from the Go
-# module proxy: upstream's kubelet, containerd with its runc shim, and runc.
+# module proxy: upstream's kubelet, containerd with its runc shim, and runc; and
+# the control plane that the cluster tests run podd under.
 #
-#   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl (default: the first four)
+#   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl
+#                           etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
+#                           (default: the first four)
 #
 # critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
 # is the digest to compile in instead, that of the stand-in.
@@ -11,7 +14,7 @@
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd); shift
 [ $# -gt 0 ] || set -- kubelet containerd runc cni
-K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0
+K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8
 export GOFLAGS=-mod=mod
 
 # module NAME REQUIRE… : a scratch module in $out/src/NAME
@@ -30,15 +33,20 @@ sources() {
 
 for peer; do
 	case $peer in
-	kubelet)
-		[ -x "$out/kubelet" ] && continue
-		module kubelet "k8s.io/kubernetes $K8S"
+	kubelet | kube-apiserver | kube-controller-manager | kube-scheduler | kubectl)
+		[ -x "$out/$peer" ] && continue
+		module "$peer" "k8s.io/kubernetes $K8S"
 		dir=$(go mod download -json "k8s.io/kubernetes@$K8S" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
 		sed -n 's/^\t\(k8s.io\/[a-z-]*\) => .*/\1/p' "$dir/go.mod" | while read -r m; do
 			echo "replace $m => $m $STAGING" >> go.mod
 		done
 		CGO_ENABLED=0 go build -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$K8S" \
-			-o "$out/kubelet" k8s.io/kubernetes/cmd/kubelet ;;
+			-o "$out/$peer" "k8s.io/kubernetes/cmd/$peer" ;;
+	etcd)
+		[ -x "$out/etcd" ] && continue
+		module etcd "go.etcd.io/etcd/server/v3 $ETCD"
+		printf 'package main\n\nimport (\n\t"os"\n\n\t"go.etcd.io/etcd/server/v3/etcdmain"\n)\n\nfunc main() { etcdmain.Main(os.Args) }\n' > main.go
+		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/etcd" . ;;
 	containerd)
 		[ -x "$out/containerd-shim-runc-v2" ] && continue
 		sources github.com/containerd/containerd/v2 $CONTAINERD
