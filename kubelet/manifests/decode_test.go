@@ -101,7 +101,7 @@ func TestUnhonouredFields(t *testing.T) {
 	}
 	want := map[string]int{
 		"spec.nodeSelector": 13, "spec.affinity": 14, "spec.volumes[0].emptyDir.sizeLimit": 18,
-		"spec.containers[0].resources.limits[ephemeral-storage]": 9, "spec.containers[0].restartPolicy": 10,
+		"spec.containers[0].resources.limits[ephemeral-storage]": 9,
 	}
 	if len(got) != len(want) {
 		t.Errorf("got %v, want %v", got, want)

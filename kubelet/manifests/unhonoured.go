@@ -37,19 +37,16 @@ func unhonoured(pod *v1.Pod) (found []Problem) {
 			say(true, spec.Child("volumes").Index(i).Child("emptyDir", "sizeLimit"), storage)
 		}
 	}
-	container := func(p *field.Path, c *v1.Container, init bool) {
+	container := func(p *field.Path, c *v1.Container) {
 		_, limited := c.Resources.Limits[v1.ResourceEphemeralStorage]
 		say(limited, p.Child("resources", "limits").Key(string(v1.ResourceEphemeralStorage)), storage)
-		say(len(c.RestartPolicyRules) > 0, p.Child("restartPolicyRules"), "rules of a container's own are not supported yet")
-		sidecar := init && c.RestartPolicy != nil && *c.RestartPolicy == v1.ContainerRestartPolicyAlways
-		say(c.RestartPolicy != nil && !sidecar, p.Child("restartPolicy"), "a policy of a container's own is not supported yet, but for sidecars")
 		say(c.SecurityContext != nil && c.SecurityContext.WindowsOptions != nil, p.Child("securityContext", "windowsOptions"), "this is Linux")
 	}
 	for i := range s.InitContainers {
-		container(spec.Child("initContainers").Index(i), &s.InitContainers[i], true)
+		container(spec.Child("initContainers").Index(i), &s.InitContainers[i])
 	}
 	for i := range s.Containers {
-		container(spec.Child("containers").Index(i), &s.Containers[i], false)
+		container(spec.Child("containers").Index(i), &s.Containers[i])
 	}
 	return found
 }

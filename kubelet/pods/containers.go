@@ -44,9 +44,13 @@ func (w *worker) startContainer(l *life, a Action) {
 	s := &launch{w: w, l: l, pod: l.d.Pod, c: c, sandbox: *l.o.current(), image: l.o.Images[c.Name].Ref}
 	s.attempt = w.nextAttempt(l, c.Name)
 	s.target = targetOf(l, c.Name)
-	if n := l.o.newest(c.Name); n != nil && n.State == status.Exited && l.o.Forced[c.Name] != n.ID {
+	switch n, ended := l.o.newest(c.Name), l.o.Ended[c.Name]; {
+	case n != nil && n.State == status.Exited && l.o.Forced[c.Name] != n.ID:
 		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], n.FinishedAt, time.Now())
+	case n == nil && !ended.IsZero():
+		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], ended, time.Now())
 	}
+	delete(l.o.Ended, c.Name)
 	w.async(l, a, 3*w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
 		err := s.run(ctx)
 		if err == nil {
@@ -274,19 +278,27 @@ func (w *worker) stopContainer(l *life, a Action) {
 	l.o.Busy[a.key()] = time.Now().Add(a.Grace) // when SIGKILL comes
 }
 
-// removeContainer forgets an instance that does not run, its log too.
+// removeContainer forgets an instance that does not run, its log too unless it
+// is to be kept.
 func (w *worker) removeContainer(l *life, a Action) {
 	pod := l.d.Pod
 	inst := l.container(a.ID)
 	attempt := inst.Attempt
 	ran := inst.State != status.Created
+	if a.Keep && ran && status.RestartsAll(spec.Container(pod, a.Container), inst.ExitCode) {
+		l.o.Ended[a.Container] = inst.FinishedAt
+	}
 	w.async(l, a, w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
 		_, err := w.t.deps.Runtime.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: a.ID})
 		if err != nil && !notFound(err) {
 			w.log.Warn("container is not removed", "container", a.ID, "error", err)
 			return nil, err
 		}
-		w.removeLog(pod, a.Container, attempt, a.ID, ran)
+		if a.Keep {
+			os.Remove(terminationFile(w.t.cfg.Node.PodDir(pod.UID), a.Container, attempt))
+		} else {
+			w.removeLog(pod, a.Container, attempt, a.ID, ran)
+		}
 		return func() {
 			l.dropContainer(a.ID)
 			w.t.disown(a.ID)

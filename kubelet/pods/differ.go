@@ -7,7 +7,13 @@ import (
 	v1 "k8s.io/api/core/v1"
 )
 
-const configHash = "kubernetes.io/config.hash"
+const (
+	configHash   = "kubernetes.io/config.hash"
+	configSource = "kubernetes.io/config.source"
+)
+
+// fromAPI says that the pod is of an apiserver, not a static one.
+func fromAPI(pod *v1.Pod) bool { return pod.Annotations[configSource] == "api" }
 
 // sameRevision says that two pods of one UID are the same pod told twice:
 // nothing is compared then, so that another daemon's defaults change nothing.

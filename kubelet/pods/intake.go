@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -16,6 +17,10 @@ import (
 // set takes a pod of this name from a source.
 func (w *worker) set(source string, pod *v1.Pod) {
 	l := w.last()
+	if l != nil && l.d.Pod.UID == pod.UID && pod.DeletionTimestamp != nil {
+		w.delete(l, source, pod)
+		return
+	}
 	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() {
 		// Another pod, or the same one after it was told to go: when all
 		// before it is gone.
@@ -32,7 +37,8 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		l.told = &pending{source: source, pod: pod}
 		return
 	}
-	if sameRevision(l.d.Pod, pod) || !differ(&l.d.Pod.Spec, &pod.Spec, l.lenient) {
+	was := l.d.Pod
+	if sameRevision(was, pod) || !differ(&was.Spec, &pod.Spec, l.lenient) {
 		l.d.Pod = pod
 		if l.lenient {
 			w.reprobe(l)
@@ -41,6 +47,22 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.change(l, pod)
 	}
 	l.lenient = false
+	if !maps.Equal(was.Labels, pod.Labels) || !maps.Equal(was.Annotations, pod.Annotations) {
+		w.refreshVolumes(l) // of the downward API
+	}
+}
+
+// delete ends a pod whose source has set its deletionTimestamp, within the
+// deletionGracePeriodSeconds from now. What else it says does not matter any
+// more: nothing is started for a pod that goes.
+func (w *worker) delete(l *life, source string, pod *v1.Pod) {
+	w.next = nil
+	l.source, l.d.Pod = source, pod
+	l.d.Held, l.told = false, nil
+	if s := l.d.Stop; s != nil && s.Forget && !time.Now().Add(podGrace(pod)).Before(s.deadline()) {
+		return // told once more
+	}
+	w.stop(l, Stop{Grace: podGrace(pod), Forget: true})
 }
 
 // last is the pod that was begun last.

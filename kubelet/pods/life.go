@@ -75,11 +75,12 @@ type shown struct {
 func newLife(source string, pod *v1.Pod) *life {
 	return &life{
 		source: source,
+		shown:  shown{status: *pod.Status.DeepCopy()},
 		d:      Desired{Pod: pod},
 		o: Observed{
-			Started: time.Now(), Images: map[string]ImageState{}, Verdicts: map[string]Verdict{},
+			Started: time.Now(), Completed: status.Over(pod.Status.Phase), Images: map[string]ImageState{}, Verdicts: map[string]Verdict{},
 			Kills: map[string]Kill{}, Backoffs: map[string]Backoff{}, Changed: map[string]bool{},
-			Forced: map[string]string{}, Busy: map[string]time.Time{}, Retry: map[string]time.Time{},
+			Ended: map[string]time.Time{}, Forced: map[string]string{}, Busy: map[string]time.Time{}, Retry: map[string]time.Time{},
 		},
 		ops: map[string]*op{}, probed: map[string]bool{},
 		made: made{applied: map[string]*v1.Container{}},

@@ -94,6 +94,9 @@ type Observed struct {
 	Verdicts   map[string]Verdict    // by container id
 	Kills      map[string]Kill       // by container id
 	Backoffs   map[string]Backoff    // by container
+	// Ended is when a container ended whose instance a restart of all
+	// containers has removed: its back-off counts from then.
+	Ended map[string]time.Time
 	// Changed containers run with another spec than the one desired.
 	Changed map[string]bool
 	// Forced: the instance id of a container that a user wants replaced.

@@ -51,6 +51,8 @@ type Action struct {
 	Grace     time.Duration
 	Message   string
 	Key       string
+	// Keep the log of a container that is removed.
+	Keep bool
 }
 
 // key names what an action works on: one at a time for each.

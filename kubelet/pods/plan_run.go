@@ -2,6 +2,7 @@ package pods
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -25,6 +26,10 @@ func (p *planner) run() {
 			return
 		}
 		p.wake(end)
+	}
+	if p.resets() {
+		p.reset()
+		return
 	}
 	p.collect()
 	sandbox := p.o.current()
@@ -201,8 +206,9 @@ func (p *planner) initialize(s *Sandbox) bool {
 		case n == nil:
 			p.start(c, p.o.newest(c.Name))
 		case n.State == status.Running:
-			if p.o.Forced[c.Name] == n.ID || p.o.Changed[c.Name] {
-				p.kill(n, c, podGrace(p.d.Pod), fmt.Sprintf("Init container %s definition changed", c.Name), true)
+			// Another image changes nothing for one that runs already.
+			if p.o.Forced[c.Name] == n.ID {
+				p.kill(n, c, podGrace(p.d.Pod), fmt.Sprintf("Init container %s was asked to restart", c.Name), true)
 			}
 		case n.State == status.Unknown:
 			p.kill(n, c, podGrace(p.d.Pod), fmt.Sprintf("Init container %s is in \"unknown\" state, try killing it before restart", c.Name), true)
@@ -267,28 +273,58 @@ func (p *planner) over() bool {
 	return len(p.d.Pod.Spec.Containers) > 0
 }
 
-// regular keeps the containers running, all at the same time.
+// regular keeps the containers running, all at the same time; but none starts
+// before the postStart hook of one that is listed before it is over.
 func (p *planner) regular() {
+	gated := false
 	for i := range p.d.Pod.Spec.Containers {
 		c := &p.d.Pod.Spec.Containers[i]
 		n := p.o.newest(c.Name)
 		switch {
 		case n == nil || n.State == status.Created:
-			p.start(c, n)
+			p.startUnless(gated, c, n)
 		case n.State == status.Exited:
 			p.cancel(Action{Kind: PostStart, ID: n.ID}) // in vain now
 			if p.wanted(c, n) {
-				p.start(c, n)
+				p.startUnless(gated, c, n)
 			}
 		case n.State == status.Unknown:
 			p.kill(n, c, podGrace(p.d.Pod), fmt.Sprintf("Container is in %q state, try killing it before restart", n.State), true)
 		default:
 			p.running(c, n)
 		}
+		gated = gated || p.gates(c, n)
 	}
 	if p.over() {
 		p.do(Action{Kind: Complete})
 	}
+}
+
+// startUnless another container has to be up first; the image can come.
+func (p *planner) startUnless(gated bool, c *v1.Container, n *status.Container) {
+	if gated {
+		p.image(c)
+		return
+	}
+	p.start(c, n)
+}
+
+// gates says that a container with a postStart hook is on its way: one that
+// waits for its next try holds up nobody.
+func (p *planner) gates(c *v1.Container, n *status.Container) bool {
+	if c.Lifecycle == nil || c.Lifecycle.PostStart == nil {
+		return false
+	}
+	if n != nil && n.State == status.Running {
+		return n.Starting
+	}
+	start, image := Action{Kind: Start, Container: c.Name}, Action{Kind: EnsureImage, Container: c.Name}
+	if p.busy(start) || p.busy(image) {
+		return true
+	}
+	return slices.ContainsFunc(p.Actions, func(a Action) bool {
+		return a.Container == c.Name && (a.Kind == Start || a.Kind == EnsureImage || a.Kind == RemoveContainer && n != nil && a.ID == n.ID)
+	})
 }
 
 // running looks after a container that runs.
@@ -299,7 +335,7 @@ func (p *planner) running(c *v1.Container, n *status.Container) {
 		return
 	}
 	message = fmt.Sprintf("Container %s %s", c.Name, message)
-	if p.o.Changed[c.Name] || p.o.Forced[c.Name] == n.ID || podutil.IsContainerRestartable(p.d.Pod.Spec, *c) {
+	if p.o.Changed[c.Name] || p.o.Forced[c.Name] == n.ID || p.restartable(c) {
 		message += ", will be restarted"
 	}
 	p.kill(n, c, grace, message, true)
@@ -345,17 +381,29 @@ func (p *planner) start(c *v1.Container, n *status.Container) {
 		return
 	}
 	if n != nil && n.State == status.Exited && p.o.Forced[c.Name] != n.ID && !p.o.Changed[c.Name] {
-		b := p.o.Backoffs[c.Name]
-		if until := p.pol.Backoff.Until(b, n.FinishedAt); p.now.Before(until) {
-			p.wake(until)
-			p.wait(c.Name, "CrashLoopBackOff", fmt.Sprintf("back-off %s restarting failed container=%s pod=%s", b.Delay, c.Name, spec.Desc(p.d.Pod)))
+		if p.backsOff(c, n.FinishedAt) {
 			return
 		}
+	}
+	if ended := p.o.Ended[c.Name]; n == nil && !ended.IsZero() && p.backsOff(c, ended) {
+		return
 	}
 	if !p.image(c) || p.o.Volumes != StepDone || p.o.Cgroup != StepDone {
 		return
 	}
 	p.do(Action{Kind: Start, Container: c.Name})
+}
+
+// backsOff says that a container that ended at a time must wait still.
+func (p *planner) backsOff(c *v1.Container, ended time.Time) bool {
+	b := p.o.Backoffs[c.Name]
+	until := p.pol.Backoff.Until(b, ended)
+	if !p.now.Before(until) {
+		return false
+	}
+	p.wake(until)
+	p.wait(c.Name, "CrashLoopBackOff", fmt.Sprintf("back-off %s restarting failed container=%s pod=%s", b.Delay, c.Name, spec.Desc(p.d.Pod)))
+	return true
 }
 
 // image says whether the container's image is there, and gets it if not.

@@ -201,6 +201,108 @@ func TestPlanInit(t *testing.T) {
 	}
 }
 
+// restartsAll makes a container ask for a restart of all when it ends with 42.
+func restartsAll(c *v1.Container) {
+	never := v1.ContainerRestartPolicyNever
+	if c.RestartPolicy == nil {
+		c.RestartPolicy = &never
+	}
+	c.RestartPolicyRules = []v1.ContainerRestartRule{{
+		Action:    v1.ContainerRestartRuleActionRestartAllContainers,
+		ExitCodes: &v1.ContainerRestartRuleOnExitCodes{Operator: v1.ContainerRestartRuleOnExitCodesOpIn, Values: []int32{42}},
+	}}
+}
+
+func TestPlanRestartAllContainers(t *testing.T) {
+	source := func(p *v1.Pod) { restartsAll(&p.Spec.Containers[0]) }
+	killed := func(ids ...string) func(*Observed) {
+		return func(o *Observed) {
+			o.Kills = map[string]Kill{}
+			for _, id := range ids {
+				o.Kills[id] = Kill{Since: t0}
+			}
+		}
+	}
+	all := mods(never, withInit("init1", "side"), two, source)
+	for _, tc := range []planCase{
+		{name: "another code: the container's own policy", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 41), running("b")), want: ""},
+		{name: "the regular ones end first", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 42), running("b")), want: "order b0"},
+		{name: "with the least grace period", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 42), running("b")).set(killed("b0")), want: "stop b0 2s"},
+		{name: "and are removed", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 42), exited("b", 137)), want: "remove b0"},
+		{name: "then the init containers", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 42)), want: "order side0, remove init10"},
+		{name: "the one that asked goes last", mods: all, o: up().with(exited("a", 42)), want: "remove a0"},
+		{name: "instances from before too", mods: all, o: up().with(exited("a", 42), status.Container{ID: "a-1", Name: "a", Sandbox: "s0", State: status.Exited, Attempt: -1}), want: "remove a-1"},
+		{name: "then all begins anew", mods: all, o: up(), want: "start init1"},
+		{name: "a start under way is cancelled first", mods: all, o: up().with(exited("init1", 0), running("side"), exited("a", 42)).busy("start/b"), want: "cancel start/b"},
+		{name: "an init container can ask too", mods: mods(never, func(p *v1.Pod) {
+			p.Spec.InitContainers = []v1.Container{sidecar("side"), container("init1")}
+			restartsAll(&p.Spec.InitContainers[1])
+		}), o: up().with(running("side"), exited("init1", 42)), want: "order side0"},
+		{name: "so can a sidecar", mods: mods(never, func(p *v1.Pod) {
+			p.Spec.InitContainers = []v1.Container{sidecar("side")}
+			restartsAll(&p.Spec.InitContainers[0])
+		}), o: up().with(exited("side", 42), running("a")), want: "order a0"},
+		{name: "one that asks again waits", mods: mods(never, source), o: up().set(func(o *Observed) {
+			o.Ended = map[string]time.Time{"a": t0}
+			o.Backoffs = map[string]Backoff{"a": {Delay: 10 * time.Second, Updated: t0}}
+		}), want: " | a=CrashLoopBackOff | wake 10s"},
+		{name: "a pod that stops stops", mods: all, d: func(d *Desired) { d.Stop = &Stop{Since: t0, Grace: 5 * time.Second} },
+			o: up().with(exited("a", 42), running("b")), want: "order b0 5s"},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+// TestPlanRestartRules: the rules of a container come before its policy, which
+// comes before the pod's (KEP-5307).
+func TestPlanRestartRules(t *testing.T) {
+	rule := func(op v1.ContainerRestartRuleOnExitCodesOperator, values ...int32) func(*v1.Pod) {
+		return func(p *v1.Pod) {
+			own := v1.ContainerRestartPolicyNever
+			p.Spec.Containers[0].RestartPolicy = &own
+			p.Spec.Containers[0].RestartPolicyRules = []v1.ContainerRestartRule{{
+				Action: v1.ContainerRestartRuleActionRestart, ExitCodes: &v1.ContainerRestartRuleOnExitCodes{Operator: op, Values: values},
+			}}
+		}
+	}
+	in, notIn := v1.ContainerRestartRuleOnExitCodesOpIn, v1.ContainerRestartRuleOnExitCodesOpNotIn
+	policy := func(own v1.ContainerRestartPolicy) func(*v1.Pod) {
+		return func(p *v1.Pod) { p.Spec.Containers[0].RestartPolicy = &own }
+	}
+	for _, tc := range []planCase{
+		{name: "in", mods: mods(never, rule(in, 42)), o: up().with(exited("a", 42)), want: "start a"},
+		{name: "in, another", mods: mods(rule(in, 42)), o: up().with(exited("a", 1)), want: "complete"},
+		{name: "not in", mods: mods(never, rule(notIn, 0, 1)), o: up().with(exited("a", 42)), want: "start a"},
+		{name: "not in, another", mods: mods(never, rule(notIn, 0, 1)), o: up().with(exited("a", 1)), want: "complete"},
+		{name: "its own Never in a pod with Always", mods: mods(policy(v1.ContainerRestartPolicyNever)), o: up().with(exited("a", 1)), want: "complete"},
+		{name: "its own Always in a pod with Never", mods: mods(never, policy(v1.ContainerRestartPolicyAlways)), o: up().with(exited("a", 0)), want: "start a"},
+		{name: "its own OnFailure", mods: mods(policy(v1.ContainerRestartPolicyOnFailure)), o: up().with(exited("a", 0)), want: "complete"},
+		{name: "its own OnFailure, failed", mods: mods(never, policy(v1.ContainerRestartPolicyOnFailure)), o: up().with(exited("a", 3)), want: "start a"},
+		{name: "the pod's without one", mods: mods(), o: up().with(exited("a", 0)), want: "start a"},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+func TestPlanPostStartHoldsUpTheNext(t *testing.T) {
+	hooked := mods(two, func(p *v1.Pod) {
+		p.Spec.Containers[0].Lifecycle = &v1.Lifecycle{PostStart: &v1.LifecycleHandler{Sleep: &v1.SleepAction{Seconds: 1}}}
+	})
+	starting := func() status.Container { c := running("a"); c.Starting = true; return c }
+	for _, tc := range []planCase{
+		{name: "its start", mods: hooked, o: up(), want: "start a"},
+		{name: "while it starts", mods: hooked, o: up().busy("start/a"), want: ""},
+		{name: "while its image comes", mods: hooked, o: up().set(func(o *Observed) { delete(o.Images, "a") }), want: "image a"},
+		{name: "while the hook runs", mods: hooked, o: up().with(starting()), want: "post a0"},
+		{name: "then the next", mods: hooked, o: up().with(running("a")), want: "start b"},
+		{name: "not while it backs off", mods: hooked, o: up().with(exited("a", 1)).set(func(o *Observed) {
+			o.Backoffs = map[string]Backoff{"a": {Delay: 10 * time.Second, Updated: t0}}
+		}), want: "start b | a=CrashLoopBackOff | wake 10s"},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
 func TestPlanRestart(t *testing.T) {
 	back := func(o *Observed) { o.Backoffs = map[string]Backoff{"a": {Delay: 10 * time.Second, Updated: t0}} }
 	for _, tc := range []planCase{

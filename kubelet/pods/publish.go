@@ -75,7 +75,7 @@ func (l *life) record(build string) *record {
 	r := &record{
 		Version: recordVersion, Build: build, Source: l.source, Pod: l.d.Pod, Status: l.status, Started: l.o.Started,
 		Completed: l.o.Completed, Stopped: l.stopped, Stop: l.d.Stop,
-		Attempts: maps.Clone(l.attempts), Backoffs: maps.Clone(l.o.Backoffs),
+		Attempts: maps.Clone(l.attempts), Backoffs: maps.Clone(l.o.Backoffs), Ended: maps.Clone(l.o.Ended),
 	}
 	if l.sandboxPod != nil && l.sandboxPod != l.d.Pod {
 		r.SandboxPod = l.sandboxPod

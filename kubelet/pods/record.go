@@ -45,6 +45,7 @@ type record struct {
 	SandboxPod *v1.Pod                  `json:"sandboxPod,omitempty"` // nil: as Pod
 	Attempts   map[string]int32         `json:"attempts,omitempty"`
 	Backoffs   map[string]Backoff       `json:"backoffs,omitempty"`
+	Ended      map[string]time.Time     `json:"ended,omitempty"`
 	Probes     map[string]probes.State  `json:"probes,omitempty"` // by container id
 }
 

@@ -128,6 +128,7 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	l.o.Cgroup, l.o.Volumes = StepUnknown, StepUnknown
 	maps.Copy(l.attempts, r.Attempts)
 	maps.Copy(l.o.Backoffs, r.Backoffs)
+	maps.Copy(l.o.Ended, r.Ended)
 	maps.Copy(l.restored, r.Probes)
 	maps.Copy(l.applied, r.Applied)
 	l.sandboxPod = r.SandboxPod

@@ -170,8 +170,27 @@ func (t *Table) tell(f func()) {
 	f()
 }
 
-// SetPod adds or replaces a pod; see manifests.Sink. pod must not be changed
-// afterwards.
+// SetPod adds a pod, or tells what has become of one: a source calls it with
+// every version it sees, in order. pod must not be changed afterwards.
+//
+//   - Another UID under the same namespace and name is another pod: the one
+//     before goes gracefully, the new one begins when nothing of it is left.
+//   - The same UID with another spec changes the pod in place: containers whose
+//     image (or for a pod of a file: anything else) differs are replaced,
+//     ephemeral containers are started, resources are resized (KEP-1287, pods
+//     of an apiserver only), activeDeadlineSeconds counts from the old start.
+//     Two versions of one non-zero metadata.generation have the same spec.
+//   - Labels and annotations reach downward API volumes; conditions that are not
+//     the node's (readiness gates) are taken from pod.Status.
+//   - A deletionTimestamp ends the pod within deletionGracePeriodSeconds from
+//     now; told again, only a shorter period counts, 0 is a forced deletion.
+//     When containers, volumes and cgroup are gone, Watch delivers DELETED with
+//     the last status: then it is time to delete the pod at its apiserver.
+//   - pod.Status is what was known of a pod that the node does not know: restart
+//     counts go on, and one that is Succeeded or Failed is never run again.
+//
+// A pod of an apiserver carries the annotation kubernetes.io/config.source: api,
+// as upstream's kubelet sets it; all others are static pods.
 func (t *Table) SetPod(source string, pod *v1.Pod) {
 	t.tell(func() {
 		key := types.NamespacedName{Namespace: pod.Namespace, Name: pod.Name}
@@ -190,7 +209,9 @@ func (t *Table) SetPod(source string, pod *v1.Pod) {
 	})
 }
 
-// RemovePod stops a pod gracefully and forgets it; see manifests.Sink.
+// RemovePod says that the source has a pod no more: it ends gracefully, within
+// the deletionGracePeriodSeconds told last or else its own grace period, and is
+// forgotten.
 func (t *Table) RemovePod(source string, uid types.UID) {
 	t.tell(func() {
 		for _, w := range t.index.told[uid] {

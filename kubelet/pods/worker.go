@@ -136,8 +136,13 @@ func (w *worker) begin() bool {
 	}
 	n := w.next
 	w.next = nil
-	w.lives = append(w.lives, newLife(n.source, n.pod))
+	l := newLife(n.source, n.pod)
+	w.lives = append(w.lives, l)
 	w.log.Info("pod begins", "uid", n.pod.UID, "source", n.source)
+	if n.pod.DeletionTimestamp != nil {
+		w.delete(l, n.source, n.pod)
+		w.publish(l) // so that its end is told
+	}
 	return true
 }
 

@@ -2,6 +2,7 @@ package status
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,6 +18,8 @@ const (
 	ReadinessGatesNotReady   = "ReadinessGatesNotReady"
 	PodCompleted             = "PodCompleted"
 	PodFailed                = "PodFailed"
+	// RestartAllContainersStarted is the reason of AllContainersRestarting.
+	RestartAllContainersStarted = "RestartAllContainersStarted"
 )
 
 // conditions of the pod; those of others, such as readiness gates, are kept.
@@ -24,10 +27,13 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 	containers := containersReady(pod, s)
 	own := []v1.PodCondition{
 		{Type: v1.PodReadyToStartContainers, Status: truth(o.SandboxReady)},
-		initialized(pod, s),
-		podReady(pod, containers, old),
+		initialized(pod, s, old),
+		podReady(pod, containers, append(slices.Clone(pod.Status.Conditions), old...)),
 		containers,
 		{Type: v1.PodScheduled, Status: v1.ConditionTrue},
+	}
+	if podutil.AllContainersCouldRestart(&pod.Spec) {
+		own = append(own, allRestarting(pod, s, o))
 	}
 	for i := range own {
 		c := &own[i]
@@ -37,12 +43,30 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 			c.LastTransitionTime = was.LastTransitionTime
 		}
 	}
+	if len(pod.Status.Conditions) > 0 {
+		// The source has others' conditions as they are now, and ours as they were.
+		others := slices.Clone(pod.Status.Conditions)
+		others = slices.DeleteFunc(others, func(c v1.PodCondition) bool { return Owned(c.Type) })
+		old = slices.DeleteFunc(slices.Clone(old), func(c v1.PodCondition) bool { return !Owned(c.Type) && c.Type != v1.DisruptionTarget })
+		old = append(others, old...)
+	}
 	for _, c := range old {
 		if _, mine := podutil.GetPodConditionFromList(own, c.Type); mine == nil {
 			own = append(own, c)
 		}
 	}
 	return own
+}
+
+// Owned says that a condition is the node agent's alone to set; DisruptionTarget
+// it shares with controllers.
+func Owned(t v1.PodConditionType) bool {
+	switch t {
+	case v1.PodScheduled, v1.PodReady, v1.PodInitialized, v1.ContainersReady, v1.PodReadyToStartContainers,
+		v1.PodResizeInProgress, v1.PodResizePending, v1.AllContainersRestarting:
+		return true
+	}
+	return false
 }
 
 func truth(b bool) v1.ConditionStatus {
@@ -109,7 +133,27 @@ func podReady(pod *v1.Pod, containers v1.PodCondition, all []v1.PodCondition) v1
 	return c
 }
 
-func initialized(pod *v1.Pod, s *v1.PodStatus) v1.PodCondition {
+// allRestarting is true until the last container that is to start anew has been
+// removed.
+func allRestarting(pod *v1.Pod, s *v1.PodStatus, o *Observed) v1.PodCondition {
+	c := v1.PodCondition{Type: v1.AllContainersRestarting, Status: v1.ConditionFalse}
+	if reason, over := overReason(s.Phase); over {
+		c.Reason = reason
+		return c
+	}
+	left := false
+	for ct := range podutil.ContainerIter(&pod.Spec, podutil.InitContainers|podutil.Containers) {
+		left = left || o.Newest(ct.Name) != nil
+	}
+	if o.restarting && left {
+		c.Status, c.Reason, c.Message = v1.ConditionTrue, RestartAllContainersStarted, "container exited with restart policy rule"
+	}
+	return c
+}
+
+// initialized stays true once it was: a pod that starts anew in place is not
+// taken back.
+func initialized(pod *v1.Pod, s *v1.PodStatus, old []v1.PodCondition) v1.PodCondition {
 	c := v1.PodCondition{Type: v1.PodInitialized, Status: v1.ConditionTrue}
 	if s.Phase == v1.PodSucceeded {
 		c.Reason = PodCompleted
@@ -129,6 +173,9 @@ func initialized(pod *v1.Pod, s *v1.PodStatus) v1.PodCondition {
 		if !done {
 			incomplete = append(incomplete, ic.Name)
 		}
+	}
+	if _, was := podutil.GetPodConditionFromList(old, v1.PodInitialized); was != nil && was.Status == v1.ConditionTrue {
+		return c
 	}
 	if len(incomplete) > 0 {
 		c.Status, c.Reason = v1.ConditionFalse, ContainersNotInitialized

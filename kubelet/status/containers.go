@@ -16,7 +16,33 @@ const (
 	ContainerCreating = "ContainerCreating"
 	PodInitializing   = "PodInitializing"
 	StatusUnknown     = "ContainerStatusUnknown"
+	// RestartingAllContainers is of containers that were removed because one
+	// of the pod ended with a code for which all start anew (KEP-5532).
+	RestartingAllContainers = "RestartingAllContainers"
 )
+
+const removedForRestart = "The container is removed because RestartAllContainers in place"
+
+// RestartsAll says whether the container's rules want all containers of its
+// pod started anew when it ends with that code.
+func RestartsAll(c *v1.Container, exitCode int32) bool {
+	rule, ok := podutil.FindMatchingContainerRestartRule(*c, exitCode)
+	return ok && rule.Action == v1.ContainerRestartRuleActionRestartAllContainers
+}
+
+// restartingAll says that the pod's containers are being removed to start
+// anew, or were a moment ago.
+func restartingAll(pod *v1.Pod, o *Observed, old *v1.PodStatus) bool {
+	if _, c := podutil.GetPodConditionFromList(old.Conditions, v1.AllContainersRestarting); c != nil && c.Status == v1.ConditionTrue {
+		return true
+	}
+	for c := range podutil.ContainerIter(&pod.Spec, podutil.InitContainers|podutil.Containers) {
+		if n := o.Newest(c.Name); n != nil && n.State == Exited && RestartsAll(c, n.ExitCode) {
+			return true
+		}
+	}
+	return false
+}
 
 // containerStatuses of a list of containers. Regular ones come sorted by
 // name, init containers in their order, as upstream has it.
@@ -59,7 +85,13 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 		} else if old != nil && old.State.Terminated != nil && old.ContainerID != s.ContainerID {
 			s.LastTerminationState = v1.ContainerState{Terminated: old.State.Terminated}
 		}
-	case init && !sidecar && anyCreated(pod, o):
+	case o.restarting && old != nil && old.State.Waiting == nil:
+		s.State = v1.ContainerState{Waiting: &v1.ContainerStateWaiting{Reason: RestartingAllContainers, Message: removedForRestart}}
+		s.LastTerminationState = v1.ContainerState{Terminated: &v1.ContainerStateTerminated{
+			Reason: RestartingAllContainers, Message: removedForRestart, ExitCode: 137,
+		}}
+		s.RestartCount++
+	case init && !sidecar && anyCreated(pod, o) && !restarted(old):
 		// Its instance was collected; what came after it proves its success.
 		s.State = v1.ContainerState{Terminated: &v1.ContainerStateTerminated{
 			Reason:  "Completed",
@@ -91,6 +123,12 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 		s.Ready = s.State.Terminated != nil && s.State.Terminated.ExitCode == 0 && s.State.Terminated.Reason != "OOMKilled"
 	}
 	return s
+}
+
+// restarted says that the container was removed to start anew and has not yet.
+func restarted(old *v1.ContainerStatus) bool {
+	return old != nil && old.State.Waiting != nil && old.LastTerminationState.Terminated != nil &&
+		old.LastTerminationState.Terminated.Reason == RestartingAllContainers
 }
 
 // notYet is the state of a container that nothing is known of.

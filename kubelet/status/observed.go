@@ -74,6 +74,8 @@ type Observed struct {
 	// Failed, with a reason such as DeadlineExceeded, makes the pod Failed
 	// whatever its containers did.
 	Failed *Cause
+	// restarting: all containers are removed and start anew; Compute's own.
+	restarting bool
 	// Note is the status' reason and message without a change of phase.
 	Note *Cause
 }

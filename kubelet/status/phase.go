@@ -83,9 +83,7 @@ func (t *tally) init(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus) {
 		t.pendingInit++
 	case end.ExitCode == 0 && s.State.Waiting != nil:
 		t.pendingInit++ // runs again, in a new sandbox
-	case end.ExitCode != 0 && podutil.ContainerShouldRestart(*c, *spec, end.ExitCode):
-		t.pendingInit++
-	case end.ExitCode != 0:
+	case end.ExitCode != 0 && !comesBack(spec, c, end):
 		t.initFailed++
 	}
 }
@@ -118,7 +116,7 @@ func (t *tally) regular(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus
 		t.running++
 	case end != nil:
 		t.stopped++
-		if !podutil.ContainerShouldRestart(*c, *spec, end.ExitCode) {
+		if !comesBack(spec, c, end) {
 			t.final++
 		}
 		if s.State.Terminated != nil && end.ExitCode == 0 {
@@ -127,6 +125,11 @@ func (t *tally) regular(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus
 	default:
 		t.waiting++
 	}
+}
+
+// comesBack says that a container that ended so will be started again.
+func comesBack(spec *v1.PodSpec, c *v1.Container, end *v1.ContainerStateTerminated) bool {
+	return end.Reason == RestartingAllContainers || podutil.ContainerShouldRestart(*c, *spec, end.ExitCode)
 }
 
 // anyStarted says that some regular container has run at some time.

@@ -15,6 +15,9 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 	if old == nil {
 		old = &v1.PodStatus{}
 	}
+	with := *o
+	o = &with
+	o.restarting = restartingAll(pod, o, old)
 	s := v1.PodStatus{
 		ObservedGeneration:         pod.Generation,
 		QOSClass:                   qos.GetPodQOS(pod),
@@ -33,7 +36,7 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 	}
 	s.Phase = phase(pod, s.InitContainerStatuses, s.ContainerStatuses, o.Terminal)
 	switch {
-	case over(old.Phase):
+	case Over(old.Phase):
 		// A pod never leaves its terminal phase.
 		s.Phase = old.Phase
 	case o.Failed != nil:
@@ -48,7 +51,8 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 	return s
 }
 
-func over(p v1.PodPhase) bool { return p == v1.PodSucceeded || p == v1.PodFailed }
+// Over says that a pod of that phase has run to its end.
+func Over(p v1.PodPhase) bool { return p == v1.PodSucceeded || p == v1.PodFailed }
 
 func addresses(pod *v1.Pod, s *v1.PodStatus, o *Observed) {
 	for i, ip := range o.HostIPs {

@@ -1,0 +1,255 @@
+package pods
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+)
+
+// ofAPI marks a pod as one of an apiserver.
+func ofAPI(p *v1.Pod) { p.Annotations = map[string]string{configSource: "api"} }
+
+func deleted(p *v1.Pod, grace int64) *v1.Pod {
+	p = p.DeepCopy()
+	now := metav1.Now()
+	p.DeletionTimestamp, p.DeletionGracePeriodSeconds = &now, &grace
+	return p
+}
+
+// drain takes the events that have come by now.
+func drain(events <-chan watch.Event) (all []watch.Event) {
+	for {
+		synctest.Wait()
+		select {
+		case ev := <-events:
+			all = append(all, ev)
+		default:
+			return all
+		}
+	}
+}
+
+func containerStatusOf(p *v1.Pod, name string) *v1.ContainerStatus {
+	for _, list := range [][]v1.ContainerStatus{p.Status.ContainerStatuses, p.Status.InitContainerStatuses, p.Status.EphemeralContainerStatuses} {
+		for i := range list {
+			if list[i].Name == name {
+				return &list[i]
+			}
+		}
+	}
+	return &v1.ContainerStatus{}
+}
+
+// TestRestartAllContainers: one container ends with the code, everything else
+// of the pod starts anew, and the status tells of it.
+func TestRestartAllContainers(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.rt.ends = func(c *runtimeapi.ContainerConfig) (time.Duration, int32, bool) {
+			return time.Second, 0, c.Metadata.Name == "init1"
+		}
+		pod := mkpod("web", "u1", never, withInit("init1", "side"), two)
+		restartsAll(&pod.Spec.Containers[0])
+		n.table.SetPod("file", pod)
+		n.table.Synced("file")
+		after(10 * time.Second)
+		if !n.ready("web") {
+			t.Fatalf("status: %+v", n.get("web").Status)
+		}
+		live := n.rt.live("default/web")
+		seen := false
+		events := n.table.Watch(t.Context(), n.table.ResourceVersion())
+		n.rt.exit(live["a"].id, 42)
+		after(10 * time.Second)
+		for _, ev := range drain(events) {
+			p := ev.Object.(*v1.Pod)
+			_, c := podutil.GetPodCondition(&p.Status, v1.AllContainersRestarting)
+			seen = seen || c != nil && c.Status == v1.ConditionTrue && c.Reason == "RestartAllContainersStarted"
+			if p.Status.Phase == v1.PodFailed || p.Status.Phase == v1.PodSucceeded {
+				t.Errorf("phase %s on the way", p.Status.Phase)
+			}
+		}
+		if !seen {
+			t.Error("the condition was never true")
+		}
+		p := n.get("web")
+		if !n.ready("web") || p.Status.Phase != v1.PodRunning {
+			t.Fatalf("not ready again: %+v", p.Status)
+		}
+		if _, c := podutil.GetPodCondition(&p.Status, v1.AllContainersRestarting); c == nil || c.Status != v1.ConditionFalse {
+			t.Errorf("condition at the end: %+v", c)
+		}
+		for _, name := range []string{"init1", "side", "a", "b"} {
+			s := containerStatusOf(p, name)
+			if n.rt.starts("default/web/"+name) != 2 || s.RestartCount != 1 || s.LastTerminationState.Terminated == nil ||
+				s.LastTerminationState.Terminated.Reason != "RestartingAllContainers" {
+				t.Errorf("%s: %d starts, %+v", name, n.rt.starts("default/web/"+name), s)
+			}
+		}
+		if n.rt.count("sandboxes") != 1 || n.rt.count("containers") != 4 {
+			t.Errorf("%d sandboxes, %d containers", n.rt.count("sandboxes"), n.rt.count("containers"))
+		}
+		// Again: the source waits for its back-off, the others do not.
+		n.rt.exit(n.rt.live("default/web")["a"].id, 42)
+		after(5 * time.Second)
+		if s := containerStatusOf(n.get("web"), "a"); s.State.Waiting == nil || s.State.Waiting.Reason != "CrashLoopBackOff" || n.rt.starts("default/web/b") != 3 {
+			t.Errorf("no back-off: %+v", s)
+		}
+		n.crash()
+		n.start()
+		n.table.SetPod("file", pod)
+		n.table.Synced("file")
+		after(time.Minute)
+		if !n.ready("web") || n.rt.starts("default/web/a") != 3 || n.rt.starts("default/web/b") != 3 {
+			t.Errorf("after a restart of the daemon: %d and %d starts", n.rt.starts("default/web/a"), n.rt.starts("default/web/b"))
+		}
+		n.table.RemovePod("file", "u1")
+		after(time.Minute)
+		n.empty()
+	})
+}
+
+func TestDeletionTimestampEndsThePod(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return time.Hour }
+		pod := mkpod("web", "u1", ofAPI)
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(time.Second)
+		begin := time.Now()
+		n.table.SetPod("api", deleted(pod, 30))
+		after(10 * time.Second)
+		n.table.SetPod("api", deleted(pod, 30)) // told again: the clock runs on
+		after(time.Second)
+		if p := n.get("web"); p.DeletionTimestamp == nil || *p.DeletionGracePeriodSeconds != 30 {
+			t.Errorf("it does not say that it goes: %+v", p.ObjectMeta)
+		}
+		after(20 * time.Second)
+		n.empty()
+		if took := time.Since(begin); took > 32*time.Second {
+			t.Errorf("took %s", took)
+		}
+		// Forced.
+		pod = mkpod("web", "u2", ofAPI)
+		n.table.SetPod("api", pod)
+		after(time.Second)
+		n.table.SetPod("api", deleted(pod, 3600))
+		after(time.Minute)
+		n.table.SetPod("api", deleted(pod, 0))
+		after(4 * time.Second)
+		n.empty()
+		// One that the node never saw is gone at once, and said to be.
+		events := n.table.Watch(t.Context(), n.table.ResourceVersion())
+		n.table.SetPod("api", deleted(mkpod("web", "u3", ofAPI), 30))
+		after(time.Second)
+		n.empty()
+		var last string
+		for _, ev := range drain(events) {
+			last = string(ev.Type)
+		}
+		if last != "DELETED" || n.rt.starts("default/web/a") != 2 {
+			t.Errorf("last event %s, %d starts", last, n.rt.starts("default/web/a"))
+		}
+	})
+}
+
+func TestFinishedPodsOfAnAPIAreNotRunAgain(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		pod := mkpod("job", "u1", ofAPI, never)
+		pod.Status = v1.PodStatus{Phase: v1.PodSucceeded, ContainerStatuses: []v1.ContainerStatus{{
+			Name: "a", State: v1.ContainerState{Terminated: &v1.ContainerStateTerminated{Reason: "Completed"}},
+		}}}
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(time.Minute)
+		p := n.get("job")
+		if p.Status.Phase != v1.PodSucceeded || containerStatusOf(p, "a").State.Terminated == nil || n.rt.starts("default/job/a") != 0 {
+			t.Errorf("status: %+v", p.Status)
+		}
+		n.table.RemovePod("api", "u1")
+		after(time.Minute)
+		n.empty()
+	})
+}
+
+func TestEphemeralContainersComeLater(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		pod := mkpod("web", "u1", ofAPI)
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(time.Second)
+		pod = pod.DeepCopy()
+		pod.Generation++
+		pod.Spec.EphemeralContainers = []v1.EphemeralContainer{{
+			EphemeralContainerCommon: v1.EphemeralContainerCommon{Name: "dbg", Image: "img:1"}, TargetContainerName: "a",
+		}}
+		n.table.SetPod("api", pod)
+		after(time.Second)
+		if live := n.rt.live("default/web"); live["dbg"] == nil || n.rt.starts("default/web/a") != 1 {
+			t.Fatalf("not started: %v", live)
+		}
+		if s := containerStatusOf(n.get("web"), "dbg"); s.State.Running == nil {
+			t.Errorf("status: %+v", s)
+		}
+		n.rt.exit(n.rt.live("default/web")["dbg"].id, 1)
+		after(time.Minute)
+		if n.rt.starts("default/web/dbg") != 1 || !n.ready("web") {
+			t.Error("it was started again, or took the pod's readiness")
+		}
+	})
+}
+
+func TestImageChangeReplacesTheContainer(t *testing.T) {
+	for _, policy := range []v1.RestartPolicy{v1.RestartPolicyAlways, v1.RestartPolicyOnFailure, v1.RestartPolicyNever} {
+		t.Run(string(policy), func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				pod := mkpod("web", "u1", ofAPI, two, withInit("init1"))
+				pod.Spec.RestartPolicy = policy
+				n.rt.ends = func(c *runtimeapi.ContainerConfig) (time.Duration, int32, bool) {
+					return 20 * time.Second, 0, c.Metadata.Name == "init1"
+				}
+				n.table.SetPod("api", pod)
+				n.table.Synced("file")
+				after(10 * time.Second)
+				// While the init container runs nothing of it restarts.
+				next := pod.DeepCopy()
+				next.Generation = 2
+				next.Spec.InitContainers[0].Image, next.Spec.Containers[1].Image = "img:2", "img:2"
+				n.table.SetPod("api", next)
+				after(20 * time.Second)
+				if n.rt.starts("default/web/init1") != 1 || n.rt.live("default/web")["b"].cfg.Image.UserSpecifiedImage != "img:2" {
+					t.Error("the init container restarted, or the regular one has the old image")
+				}
+				if s := containerStatusOf(n.get("web"), "init1"); s.Image != "img:1" {
+					t.Errorf("init container's image: %s", s.Image)
+				}
+				next = next.DeepCopy()
+				next.Generation = 3
+				next.Spec.Containers[0].Image, next.Spec.InitContainers[0].Image = "img:2", "img:1"
+				n.table.SetPod("api", next)
+				after(20 * time.Second)
+				if n.rt.starts("default/web/a") != 2 || n.rt.starts("default/web/b") != 1 || n.rt.starts("default/web/init1") != 1 || !n.ready("web") {
+					t.Errorf("starts: a %d, b %d", n.rt.starts("default/web/a"), n.rt.starts("default/web/b"))
+				}
+				// During its end nothing starts any more.
+				last := deleted(next, 30)
+				n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return 20 * time.Second }
+				n.table.SetPod("api", last)
+				after(time.Second)
+				last = last.DeepCopy()
+				last.Generation, last.Spec.Containers[0].Image = 4, "img:1"
+				n.table.SetPod("api", last)
+				after(time.Minute)
+				if n.rt.starts("default/web/a") != 2 {
+					t.Error("it was restarted while it ended")
+				}
+				n.empty()
+			})
+		})
+	}
+}
