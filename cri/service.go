@@ -41,6 +41,8 @@ type Config struct {
 	// StreamingAddr is where exec, attach and port-forward connections are
 	// served to CRI clients; "" is 127.0.0.1:0.
 	StreamingAddr string
+	// StreamingCert makes those connections TLS; empty: plain HTTP.
+	StreamingCert streaming.KeyPair
 	// Version is reported as the runtime's.
 	Version string
 	// Log takes the service's messages; nil: slog.Default().
@@ -122,7 +124,7 @@ func New(cfg Config, procs Processes, imgs Images, network Network) (*Service, e
 		host: probeHost(), store: store, cancel: cancel, seq: seq,
 	}
 	s.cdi.dirs = cfg.CDIDirs
-	s.stream = streaming.New(cfg.StreamingAddr, streamRuntime{s})
+	s.stream = streaming.New(cfg.StreamingAddr, cfg.StreamingCert, streamRuntime{s})
 	if err := s.recover(ctx); err != nil {
 		cancel()
 		seq.Close()
@@ -153,6 +155,9 @@ func (c *Config) complete() error {
 	}
 	if c.StreamingAddr == "" {
 		c.StreamingAddr = net.JoinHostPort("127.0.0.1", "0")
+	}
+	if err := c.StreamingCert.Check(); err != nil {
+		return err
 	}
 	if c.Version == "" {
 		c.Version = "0.0.0"

@@ -23,6 +23,7 @@ import (
 	"github.com/podd-runtime/podd/cgroups"
 	"github.com/podd-runtime/podd/cri"
 	"github.com/podd-runtime/podd/cri/images"
+	"github.com/podd-runtime/podd/cri/streaming"
 	"github.com/podd-runtime/podd/kubelet"
 	"github.com/podd-runtime/podd/kubelet/config"
 	"github.com/podd-runtime/podd/kubelet/events"
@@ -108,7 +109,8 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 			SystemdCgroup: k.CgroupDriver == "systemd",
 			LogMaxSize:    cfg.LogMaxSize(), LogMaxFiles: int(*k.ContainerLogMaxFiles),
 			CDIDirs: p.CDIDirs, StreamingAddr: p.StreamingAddress,
-			Version: version, Log: part("cri"),
+			StreamingCert: streaming.KeyPair{CertFile: p.StreamingTLSCertFile, KeyFile: p.StreamingTLSPrivateKeyFile},
+			Version:       version, Log: part("cri"),
 		},
 		Images: images.Config{
 			Dir:                filepath.Join(p.DataDir, "images"),

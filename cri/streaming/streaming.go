@@ -13,6 +13,7 @@ package streaming
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -52,6 +53,7 @@ const (
 // node whose streams are all served in-process never opens the port.
 type Server struct {
 	addr    string
+	cert    KeyPair
 	runtime Runtime
 
 	mu      sync.Mutex
@@ -67,9 +69,34 @@ type ticket struct {
 	expires time.Time
 }
 
-// New returns a server for addr, a host:port whose port may be 0.
-func New(addr string, runtime Runtime) *Server {
-	return &Server{addr: addr, runtime: runtime, waiting: make(map[string]ticket)}
+// KeyPair names the PEM files of a certificate and its key. They are read for
+// each connection, which are few, so that renewed ones need no restart.
+type KeyPair struct{ CertFile, KeyFile string }
+
+// Check says what is wrong with the files; the empty KeyPair is right.
+func (k KeyPair) Check() error {
+	if k == (KeyPair{}) {
+		return nil
+	}
+	if k.CertFile == "" || k.KeyFile == "" {
+		return fmt.Errorf("TLS of the streaming server wants both a certificate (%q) and its key (%q): %w", k.CertFile, k.KeyFile, errdefs.ErrInvalidArgument)
+	}
+	_, err := k.load(nil)
+	return err
+}
+
+func (k KeyPair) load(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c, err := tls.LoadX509KeyPair(k.CertFile, k.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("TLS of the streaming server, certificate %s with key %s: %w", k.CertFile, k.KeyFile, err)
+	}
+	return &c, nil
+}
+
+// New returns a server for addr, a host:port whose port may be 0. With a
+// certificate it speaks TLS only.
+func New(addr string, cert KeyPair, runtime Runtime) *Server {
+	return &Server{addr: addr, cert: cert, runtime: runtime, waiting: make(map[string]ticket)}
 }
 
 // Exec returns the URL of an exec.
@@ -156,6 +183,11 @@ func (s *Server) listen() error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/{method}/{token}", s.claim)
 	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout}
+	if s.cert != (KeyPair{}) {
+		s.base.Scheme = "https"
+		// Streams take HTTP/1.1 connections over; HTTP/2 has none to take.
+		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, GetCertificate: s.cert.load})
+	}
 	go func() { _ = s.http.Serve(l) }() // ends with Close
 	return nil
 }

@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +21,7 @@ import (
 	"k8s.io/client-go/tools/portforward"
 	client "k8s.io/client-go/tools/remotecommand"
 	clientspdy "k8s.io/client-go/transport/spdy"
+	"k8s.io/client-go/util/cert"
 	utilexec "k8s.io/client-go/util/exec"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
@@ -85,7 +89,7 @@ func (e echo) PortForward(ctx context.Context, id string, port int32, stream io.
 
 func newServer(t *testing.T) (*Server, echo) {
 	e := echo{ended: make(chan error, 1)}
-	s := New("127.0.0.1:0", e)
+	s := New("127.0.0.1:0", KeyPair{}, e)
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			t.Error(err)
@@ -147,6 +151,60 @@ func TestExec(t *testing.T) {
 				t.Errorf("terminal: %q, %v", out, err)
 			}
 		})
+	}
+}
+
+func TestTLS(t *testing.T) {
+	dir := t.TempDir()
+	pair := KeyPair{CertFile: filepath.Join(dir, "crt.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	if err := pair.Check(); err == nil || !strings.Contains(err.Error(), pair.CertFile) {
+		t.Errorf("absent files: %v", err)
+	}
+	if err := (KeyPair{CertFile: pair.CertFile}).Check(); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("no key: %v", err)
+	}
+	s := New("127.0.0.1:0", pair, echo{})
+	defer s.Close()
+	for _, host := range []string{"before.test", "renewed.test"} {
+		pemCert, pemKey, err := cert.GenerateSelfSignedCertKey(host, []net.IP{net.IPv4(127, 0, 0, 1)}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for path, b := range map[string][]byte{pair.CertFile: pemCert, pair.KeyFile: pemKey} {
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := pair.Check(); err != nil {
+			t.Fatal(err)
+		}
+		// A client that trusts this certificate alone.
+		config := func(u *url.URL) *rest.Config {
+			return &rest.Config{Host: "https://" + u.Host, TLSClientConfig: rest.TLSClientConfig{CAData: pemCert, ServerName: host}}
+		}
+		for _, transport := range []string{"spdy", "websocket"} {
+			r, err := s.Exec(&runtimeapi.ExecRequest{ContainerId: "c1", Cmd: []string{"tls"}, Stdout: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			u, err := url.Parse(r.Url)
+			if err != nil || u.Scheme != "https" {
+				t.Fatalf("%s: %v", r.Url, err)
+			}
+			var e client.Executor
+			if transport == "websocket" {
+				e, err = client.NewWebSocketExecutor(config(u), "GET", r.Url)
+			} else {
+				e, err = client.NewSPDYExecutor(config(u), "POST", u)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var out bytes.Buffer
+			if err := e.StreamWithContext(t.Context(), client.StreamOptions{Stdout: &out}); err != nil || out.String() != "c1 tls\n" {
+				t.Errorf("%s, %s: %q, %v", host, transport, &out, err)
+			}
+		}
 	}
 }
 

@@ -57,6 +57,11 @@ type PoddConfiguration struct {
 	// StreamingAddress is where exec, attach and port-forward of CRI clients
 	// are served. Default 127.0.0.1:0, any free port. Flag --streaming-address.
 	StreamingAddress string `json:"streamingAddress,omitempty"`
+	// StreamingTLSCertFile and StreamingTLSPrivateKeyFile, both or none, make
+	// those connections TLS. Renewed files are taken up by themselves. Flags
+	// --streaming-tls-cert-file and --streaming-tls-private-key-file.
+	StreamingTLSCertFile       string `json:"streamingTLSCertFile,omitempty"`
+	StreamingTLSPrivateKeyFile string `json:"streamingTLSPrivateKeyFile,omitempty"`
 	// Instance tells several podd on one host apart: it is part of the names
 	// of bridge, packet filter table and the like. At most 8 letters and
 	// digits. Default: none with the default directories, otherwise derived
@@ -95,6 +100,8 @@ var poddFlags = []flagDef{
 	{name: "cni-bin-dir", kind: kindList, podd: "cniBinDirs", usage: "CNI plugins (default /opt/cni/bin,/usr/lib/cni)"},
 	{name: "cdi-dir", kind: kindList, podd: "cdiDirs", usage: "CDI descriptions of devices (default /etc/cdi,/var/run/cdi)"},
 	{name: "streaming-address", kind: kindString, podd: "streamingAddress", usage: "address for exec, attach and port-forward of CRI clients (default 127.0.0.1:0)"},
+	{name: "streaming-tls-cert-file", kind: kindString, podd: "streamingTLSCertFile", usage: "certificate (PEM) for --streaming-address (default: plain HTTP)"},
+	{name: "streaming-tls-private-key-file", kind: kindString, podd: "streamingTLSPrivateKeyFile", usage: "key of --streaming-tls-cert-file"},
 	{name: "instance", kind: kindString, podd: "instance", usage: "name of this podd where several run on one host"},
 	{name: "pod-logs-dir", kind: kindString, field: "podLogsDir", usage: "containers' logs; links to them in its sibling containers (default /var/log/pods)"},
 	{name: "seccomp-default", kind: kindBool, field: "seccompDefault", usage: "RuntimeDefault is the seccomp profile of containers that name none"},

@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,7 +26,8 @@ type fakeRuntime struct {
 	containers map[string]*fakeContainer
 	images     map[string]bool
 	subs       []chan *runtimeapi.ContainerEventResponse
-	broken     []string // invariants
+	broken     []string // invariants, with what came before
+	history    []string
 	started    map[string]int
 	calls      map[string]int
 
@@ -75,15 +77,30 @@ func (f *fakeRuntime) enter(ctx context.Context, call, subject string) error {
 	f.mu.Lock()
 	f.calls[call]++
 	fault := f.fault
+	f.note("%s %s", call, subject)
 	f.mu.Unlock()
-	if fault != nil {
-		return fault(ctx, call, subject)
+	if fault == nil {
+		return nil
 	}
-	return nil
+	err := fault(ctx, call, subject)
+	if err != nil {
+		f.mu.Lock()
+		f.note("%s %s: %v", call, subject, err)
+		f.mu.Unlock()
+	}
+	return err
+}
+
+// note what happens, for the story of a breach.
+func (f *fakeRuntime) note(format string, args ...any) {
+	f.history = append(f.history, time.Now().Format("04:05.000 ")+fmt.Sprintf(format, args...))
+	if len(f.history) > 150 {
+		f.history = f.history[50:]
+	}
 }
 
 func (f *fakeRuntime) breach(format string, args ...any) {
-	f.broken = append(f.broken, fmt.Sprintf(format, args...))
+	f.broken = append(f.broken, fmt.Sprintf(format, args...)+"\n"+strings.Join(f.history, "\n"))
 }
 
 func podKey(m *runtimeapi.PodSandboxMetadata) string { return m.Namespace + "/" + m.Name }
@@ -232,6 +249,12 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 			f.breach("container %s of %s runs twice", c.cfg.Metadata.Name, f.podOf(c))
 		}
 	}
+	f.note("started %s of %s in %s, attempt %d", c.cfg.Metadata.Name, f.podOf(c), c.sandbox, c.cfg.Metadata.Attempt)
+	for _, o := range f.containers {
+		if o != c && o.state == runtimeapi.ContainerState_CONTAINER_RUNNING && f.podOf(o) == f.podOf(c) {
+			f.note("  beside %s in %s, attempt %d", o.id, o.sandbox, o.cfg.Metadata.Attempt)
+		}
+	}
 	c.state, c.start = runtimeapi.ContainerState_CONTAINER_RUNNING, time.Now()
 	f.started[f.podOf(c)+"/"+c.cfg.Metadata.Name]++
 	if f.ends != nil {
@@ -264,6 +287,7 @@ func (f *fakeRuntime) exit(id string, code int32) {
 }
 
 func (f *fakeRuntime) finish(c *fakeContainer, code int32, reason string) {
+	f.note("%s, %s of %s, ends with %d", c.id, c.cfg.Metadata.Name, f.podOf(c), code)
 	c.state, c.code, c.reason, c.end = runtimeapi.ContainerState_CONTAINER_EXITED, code, reason, time.Now()
 	close(c.gone)
 	for _, s := range f.subs {
