@@ -36,6 +36,10 @@ type Config struct {
 	// shim. An agent that rotates by itself (upstream's kubelet) wants 0.
 	LogMaxSize  int64
 	LogMaxFiles int
+	// Resolve follows the links of a host path and makes a directory where
+	// there is nothing; nil: by looking. Whoever has foreign file systems among
+	// the paths sees to it here that the daemon does not hang in one.
+	Resolve func(ctx context.Context, path string) (string, error)
 	// CDIDirs are searched for CDI specifications; nil: /etc/cdi, /var/run/cdi.
 	CDIDirs []string
 	// StreamingAddr is where exec, attach and port-forward connections are
@@ -149,6 +153,9 @@ func (c *Config) complete() error {
 		if c.SystemdCgroup {
 			c.CgroupParent = "system.slice"
 		}
+	}
+	if c.Resolve == nil {
+		c.Resolve = func(_ context.Context, p string) (string, error) { return lookupSource(p) }
 	}
 	if c.CDIDirs == nil {
 		c.CDIDirs = []string{"/etc/cdi", "/var/run/cdi"}

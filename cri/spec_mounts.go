@@ -162,7 +162,7 @@ func (s *Service) resolveSource(ctx context.Context, p string) (string, error) {
 	}
 	go func() {
 		defer s.sources.leave(p)
-		r, err := lookupSource(p)
+		r, err := s.cfg.Resolve(ctx, p)
 		done <- answer{r, err}
 	}()
 	select {

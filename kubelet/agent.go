@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -62,6 +63,7 @@ type agent struct {
 	images  *images.Store
 	network *netns.Network
 	cri     *cri.Service
+	volumes *volumes.Volumes
 	events  *events.Store
 	source  *manifests.Source
 	table   *pods.Table
@@ -103,6 +105,7 @@ func Run(ctx context.Context, cfg Config) error {
 	group.Go(func() error { return a.table.Run(ctx) })
 	group.Go(func() error { return a.source.Run(ctx) })
 	group.Go(func() error { return a.refreshVolumes(ctx) })
+	group.Go(func() error { return a.volumes.Run(ctx, a.table.Pods, a.volumesTroubled) })
 	a.log.Info("podd is ready", "node", cfg.NodeName, "manifests", cfg.Manifests.Dir, "cri", cfg.CRISocket, "version", cfg.Version)
 	systemd.Ready(a.log)
 	err = group.Wait()
@@ -169,6 +172,10 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		return nil, err
 	}
 	a.onClose("network", a.network.Close)
+	objects := &localObjects{}
+	cfg.Volumes.Objects = objects
+	a.volumes = volumes.New(cfg.Volumes)
+	cfg.CRI.Resolve = a.volumes.Resolve
 	if a.cri, err = cri.New(cfg.CRI, a.shim, a.images, a.network); err != nil {
 		return nil, err
 	}
@@ -181,10 +188,8 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	objects := &localObjects{}
-	cfg.Volumes.Objects = objects
 	a.table = pods.New(cfg.Pods, pods.Deps{
-		Runtime: a.cri, Images: a.cri, Volumes: volumes.New(cfg.Volumes),
+		Runtime: a.cri, Images: a.cri, Volumes: a.volumes,
 		Objects: objects, Cgroups: tree, Events: a.events,
 	})
 	cfg.Manifests.Recorder = a.events
@@ -261,6 +266,14 @@ func (a *agent) refreshVolumes(ctx context.Context) error {
 		a.table.ObjectChanged(ref.Namespace, ref.Name)
 	}
 	return nil
+}
+
+func (a *agent) volumesTroubled(uid types.UID, troubles []volumes.Trouble) {
+	var words []string
+	for _, t := range troubles {
+		words = append(words, t.String())
+	}
+	a.table.VolumesTroubled(uid, words)
 }
 
 // onClose stacks the end of a part.

@@ -195,6 +195,11 @@ func writeFile(d *dir, name string, f projection, group int) error {
 	}
 	// After the write and past the umask. No fsync: after a crash of the host
 	// the content is written anew.
+	if f.user != 0 {
+		if err := unix.Fchown(fd, f.user, -1); err != nil {
+			return fmt.Errorf("user %d: %w", f.user, err)
+		}
+	}
 	return own(fd, f.mode, group, false)
 }
 
@@ -271,7 +276,7 @@ func sameFile(d *dir, name string, want projection, group int) (bool, error) {
 		return false, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != int64(len(want.data)) ||
-		st.Mode&0o7777 != modeFor(want.mode, group, false) || (group >= 0 && int(st.Gid) != group) {
+		st.Mode&0o7777 != modeFor(want.mode, group, false) || (group >= 0 && int(st.Gid) != group) || (want.user != 0 && int(st.Uid) != want.user) {
 		return false, nil
 	}
 	have, err := io.ReadAll(f)

@@ -1,6 +1,7 @@
 package volumes
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -28,9 +29,9 @@ func inMemory(vol *v1.Volume) bool { return vol.ConfigMap == nil }
 
 // setupContent makes a volume whose content podd writes. kind is the open
 // directory of its plugin.
-func (v *Volumes) setupContent(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
+func (v *Volumes) setupContent(ctx context.Context, pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 	// First the content: what is missing leaves nothing behind.
-	files, err := v.content(pod, vol)
+	files, err := v.content(ctx, pod, vol)
 	if err != nil {
 		return err
 	}
@@ -68,8 +69,8 @@ func (v *Volumes) setupContent(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 }
 
 // writeContent renews the content of a volume that is there.
-func (v *Volumes) writeContent(pod *v1.Pod, root *dir, vol *v1.Volume) error {
-	files, err := v.content(pod, vol)
+func (v *Volumes) writeContent(ctx context.Context, pod *v1.Pod, root *dir, vol *v1.Volume) error {
+	files, err := v.content(ctx, pod, vol)
 	if err != nil {
 		return err
 	}
@@ -84,13 +85,14 @@ func (v *Volumes) writeContent(pod *v1.Pod, root *dir, vol *v1.Volume) error {
 type projection struct {
 	data []byte
 	mode uint32
+	user int // its owner on the host
 }
 
 // files are the content of a volume, by relative path.
 type files map[string]projection
 
 // content assembles the files of a volume.
-func (v *Volumes) content(pod *v1.Pod, vol *v1.Volume) (files, error) {
+func (v *Volumes) content(ctx context.Context, pod *v1.Pod, vol *v1.Volume) (files, error) {
 	out := files{}
 	var err error
 	switch {
@@ -115,7 +117,7 @@ func (v *Volumes) content(pod *v1.Pod, vol *v1.Volume) (files, error) {
 			case s.DownwardAPI != nil:
 				err = v.addDownward(out, pod, s.DownwardAPI.Items, def)
 			case s.ServiceAccountToken != nil:
-				err = fmt.Errorf("serviceAccountToken: a token needs a cluster, and this node has none: remove the source: %w", errdefs.ErrNotImplemented)
+				err = v.addToken(ctx, out, pod, vol, s.ServiceAccountToken, def)
 			case s.ClusterTrustBundle != nil:
 				err = fmt.Errorf("clusterTrustBundle: needs a cluster, and this node has none: remove the source: %w", errdefs.ErrNotImplemented)
 			case s.PodCertificate != nil:
@@ -133,6 +135,45 @@ func (v *Volumes) content(pod *v1.Pod, vol *v1.Volume) (files, error) {
 		return nil, err
 	}
 	return out, checkPaths(out)
+}
+
+// addToken writes a token of the pod's service account. Where the volume has a
+// group or all containers have one user, it is theirs alone (upstream:
+// projected.collectData).
+func (v *Volumes) addToken(ctx context.Context, out files, pod *v1.Pod, vol *v1.Volume, source *v1.ServiceAccountTokenProjection, def uint32) error {
+	p := path.Clean(source.Path)
+	text, err := v.token(ctx, pod, source, func() string { return v.writtenFile(pod.UID, vol, p) })
+	if err != nil {
+		return err
+	}
+	f := projection{data: []byte(text), mode: def, user: podUser(pod)}
+	if podGroup(pod) >= 0 || f.user != 0 {
+		f.mode = 0o600
+	}
+	out[p] = f
+	return nil
+}
+
+// podUser is the user that all containers of a pod run as by the manifest; 0
+// when there is not one (upstream: util.FsUserFrom).
+func podUser(pod *v1.Pod) int {
+	user := -1
+	for _, list := range [][]v1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			own := int64(-1)
+			if sc := pod.Spec.SecurityContext; sc != nil && sc.RunAsUser != nil {
+				own = *sc.RunAsUser
+			}
+			if sc := list[i].SecurityContext; sc != nil && sc.RunAsUser != nil {
+				own = *sc.RunAsUser
+			}
+			if own < 0 || user >= 0 && user != int(own) {
+				return 0
+			}
+			user = int(own)
+		}
+	}
+	return max(user, 0)
 }
 
 func mode(m *int32) uint32 {

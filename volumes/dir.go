@@ -41,6 +41,19 @@ func (d *dir) openDir(name string) (*dir, error) {
 	return &dir{fd: fd, name: d.name + "/" + name}, nil
 }
 
+// openHere opens what name itself is, link or not, unless that is the root of
+// another mount: then it is EXDEV, and nobody has asked that filesystem
+// anything.
+func (d *dir) openHere(name string, flags uint64) (int, error) {
+	fd, err := retry(func() (int, error) {
+		return unix.Openat2(d.fd, name, &unix.OpenHow{Flags: flags | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_XDEV})
+	})
+	if err != nil {
+		return -1, &os.PathError{Op: "open", Path: d.name + "/" + name, Err: err}
+	}
+	return fd, nil
+}
+
 // makeDir opens a directory and makes it if it is not there.
 func (d *dir) makeDir(name string, mode uint32) (*dir, error) {
 	sub, err := d.openDir(name)

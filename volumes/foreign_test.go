@@ -112,15 +112,36 @@ func TestBelowIsDeepestFirst(t *testing.T) {
 
 func TestNFSOptions(t *testing.T) {
 	four, six := net.ParseIP("10.0.0.1"), net.ParseIP("fd00::1")
-	for _, c := range []struct{ got, want string }{
-		{nfsOptions(four, net.ParseIP("10.0.0.9"), "4.2"), "vers=4.2,proto=tcp,addr=10.0.0.1,clientaddr=10.0.0.9"},
-		{nfsOptions(six, net.ParseIP("fd00::9"), "4.1"), "vers=4.1,proto=tcp6,addr=fd00::1,clientaddr=fd00::9"},
-		{nfsOptions(four, nil, "3"), "vers=3,proto=tcp,addr=10.0.0.1,mountaddr=10.0.0.1,mountproto=tcp,mountvers=3"},
-		{nfsSource("server", "/a//b/"), "server:/a/b"},
-		{nfsSource("fd00::1", "x"), "[fd00::1]:/x"},
+	for _, c := range []struct {
+		options      []string
+		addr, client net.IP
+		version      string
+		want         string
+		flags        uintptr
+		versions     int
+	}{
+		{nil, four, net.ParseIP("10.0.0.9"), "4.2", "vers=4.2,proto=tcp,addr=10.0.0.1,clientaddr=10.0.0.9", 0, 4},
+		{nil, six, net.ParseIP("fd00::9"), "4.1", "vers=4.1,proto=tcp6,addr=fd00::1,clientaddr=fd00::9", 0, 4},
+		{nil, four, nil, "3", "vers=3,proto=tcp,addr=10.0.0.1,mountaddr=10.0.0.1,mountproto=tcp,mountvers=3", 0, 4},
+		{[]string{"nfsvers=3", "nolock,soft", "timeo=5"}, four, nil, "3", "vers=3,nolock,soft,timeo=5,proto=tcp,addr=10.0.0.1,mountaddr=10.0.0.1,mountproto=tcp,mountvers=3", 0, 1},
+		{[]string{"ro", "noatime", "bg", "_netdev", "x-systemd.automount", "v4.1"}, four, four, "4.1", "vers=4.1,proto=tcp,addr=10.0.0.1,clientaddr=10.0.0.1", unix.MS_RDONLY | unix.MS_NOATIME, 1},
+		{[]string{"vers=4,proto=rdma", "ro", "rw"}, four, four, "4.0", "vers=4.0,proto=rdma,addr=10.0.0.1,clientaddr=10.0.0.1", 0, 3},
 	} {
-		if c.got != c.want {
-			t.Errorf("got %s, want %s", c.got, c.want)
+		m, err := nfsParse(c.options)
+		if err != nil {
+			t.Errorf("%v: %v", c.options, err)
+			continue
+		}
+		if got := m.options(c.addr, c.client, c.version); got != c.want || m.flags != c.flags || len(m.versions) != c.versions {
+			t.Errorf("%v: got %s, flags %x, versions %v, want %s", c.options, got, m.flags, m.versions, c.want)
+		}
+	}
+	if _, err := nfsParse([]string{"vers=5"}); err == nil {
+		t.Error("version 5 was taken")
+	}
+	for got, want := range map[string]string{nfsSource("server", "/a//b/"): "server:/a/b", nfsSource("fd00::1", "x"): "[fd00::1]:/x"} {
+		if got != want {
+			t.Errorf("got %s, want %s", got, want)
 		}
 	}
 	if otherVersion(unix.EACCES) || otherVersion(unix.ETIMEDOUT) || !otherVersion(unix.EPROTONOSUPPORT) {

@@ -31,6 +31,10 @@ const (
 	opMountNFS = "nfs"      // mount Source on Path
 	opUnmount  = "unmount"  // unmount Path with Flags
 	opSubPath  = "subPath"  // bind SubPath of Path on Target
+	opBind     = "bind"     // bind the directory Path on Target
+	opGroup    = "group"    // give Path and all below to Group by Policy
+	opStatfs   = "statfs"   // Path's filesystem: how full it is
+	opResolve  = "resolve"  // where Path's links lead; made if it is missing
 )
 
 // request is what a helper is to do, response what came of it.
@@ -44,12 +48,19 @@ type request struct {
 	Target   string `json:",omitempty"`
 	Flags    int    `json:",omitempty"`
 	ReadOnly bool   `json:",omitempty"`
+	Group    int    `json:",omitempty"`
+	Policy   string `json:",omitempty"`
+	// Options are mount options as in fstab(5), one an element.
+	Options []string `json:",omitempty"`
 }
 
 type response struct {
 	Error string `json:",omitempty"`
 	// Class is the kind of the error, to be told again on this side.
 	Class string `json:",omitempty"`
+	// Path and Usage are what was asked for.
+	Path  string   `json:",omitempty"`
+	Usage *fsUsage `json:",omitempty"`
 }
 
 var classes = map[string]error{
@@ -69,7 +80,7 @@ func HelperMain() {
 	var res response
 	err := json.NewDecoder(io.LimitReader(os.Stdin, 1<<20)).Decode(&req)
 	if err == nil {
-		err = req.do()
+		err = req.answer(&res)
 	}
 	if err != nil {
 		res.Error = err.Error()
@@ -85,17 +96,29 @@ func HelperMain() {
 	os.Exit(0)
 }
 
+// answer does the request and fills in what was asked for.
+func (r request) answer(res *response) (err error) {
+	switch r.Op {
+	case opStatfs:
+		res.Usage, err = statfs(r.Path)
+	case opResolve:
+		res.Path, err = resolve(r.Path)
+	default:
+		err = r.do()
+	}
+	return err
+}
+
 func (r request) do() error {
 	switch r.Op {
 	case opHostPath:
 		return checkHostPath(r.Path, v1.HostPathType(r.Type))
 	case opMountNFS:
-		return mountNFS(r.Server, r.Source, r.Path, r.ReadOnly)
+		return mountNFS(r)
 	case opUnmount:
-		if err := unix.Unmount(r.Path, r.Flags); err != nil {
-			return &os.PathError{Op: "unmount", Path: r.Path, Err: err}
-		}
-		return nil
+		// The mount table's paths have no links; what a container puts into one
+		// meanwhile leads nowhere.
+		return unmountPoint(unix.AT_FDCWD, r.Path, r.Flags)
 	case opSubPath:
 		root, err := openVolume(r.Path)
 		if err != nil {
@@ -103,15 +126,37 @@ func (r request) do() error {
 		}
 		defer root.close()
 		return bindSubPath(root, r.SubPath, r.Target)
+	case opBind:
+		return bindDirectory(r.Path, r.Target)
+	case opGroup:
+		root, err := openDir(r.Path)
+		if err != nil {
+			return err
+		}
+		defer root.close()
+		return applyGroup(context.Background(), root, r.Group, v1.PodFSGroupChangePolicy(r.Policy))
 	}
 	return fmt.Errorf("operation %q: %w", r.Op, errdefs.ErrInvalidArgument)
 }
 
 // helper runs one operation in a process of its own, for at most limit.
 func (v *Volumes) helper(ctx context.Context, limit time.Duration, req request) error {
+	_, err := v.ask(ctx, limit, req)
+	return err
+}
+
+// ask is helper for operations that have an answer.
+func (v *Volumes) ask(ctx context.Context, limit time.Duration, req request) (*response, error) {
+	return v.run(ctx, limit, req, func() {})
+}
+
+// run is ask, and calls ended when the process is gone: that may be long after
+// its time was over.
+func (v *Volumes) run(ctx context.Context, limit time.Duration, req request, ended func()) (*response, error) {
 	in, err := json.Marshal(req)
 	if err != nil {
-		return err
+		ended()
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -125,10 +170,15 @@ func (v *Volumes) helper(ctx context.Context, limit time.Duration, req request) 
 	// if it is not.
 	cmd.WaitDelay = time.Second
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("volume helper %s: %w", v.cfg.Helper, err)
+		ended()
+		return nil, fmt.Errorf("volume helper %s: %w", v.cfg.Helper, err)
 	}
 	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
+	go func() {
+		err := cmd.Wait()
+		ended()
+		done <- err
+	}()
 	select {
 	case err = <-done:
 	case <-ctx.Done():
@@ -139,19 +189,19 @@ func (v *Volumes) helper(ctx context.Context, limit time.Duration, req request) 
 		case <-done:
 		case <-time.After(2 * time.Second):
 		}
-		return fmt.Errorf("%s: no answer within %v: %w", req.Path, limit, errdefs.ErrUnavailable)
+		return nil, fmt.Errorf("%s: no answer within %v: %w", req.Path, limit, errdefs.ErrUnavailable)
 	}
 	var res response
 	if jsonErr := json.Unmarshal(out.Bytes(), &res); jsonErr != nil {
-		return fmt.Errorf("volume helper: %w: %s", errors.Join(err, jsonErr), bytes.TrimSpace(errOut.Bytes()))
+		return nil, fmt.Errorf("volume helper: %w: %s", errors.Join(err, jsonErr), bytes.TrimSpace(errOut.Bytes()))
 	}
 	if res.Error == "" {
-		return nil
+		return &res, nil
 	}
 	if sentinel, ok := classes[res.Class]; ok {
-		return helperError{res.Error, sentinel}
+		return nil, helperError{res.Error, sentinel}
 	}
-	return errors.New(res.Error)
+	return nil, errors.New(res.Error)
 }
 
 // helperError is an error from the other side.

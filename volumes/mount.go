@@ -61,6 +61,7 @@ func mountAt(d *dir, name, fstype string, attrs int, options map[string]string) 
 type mountEntry struct {
 	id     uint64
 	parent uint64
+	device string // major:minor
 	point  string
 	fstype string
 	source string
@@ -95,7 +96,7 @@ func parseMounts(data []byte) (*mountTable, error) {
 			return nil, fmt.Errorf("mountinfo: line %q: %w", line, err)
 		}
 		t.entries = append(t.entries, mountEntry{
-			id: id, parent: parent, point: unescape(fields[4]), fstype: rest[0], source: unescape(rest[1]),
+			id: id, parent: parent, device: fields[2], point: unescape(fields[4]), fstype: rest[0], source: unescape(rest[1]),
 		})
 	}
 	return t, nil
@@ -119,6 +120,16 @@ func unescape(s string) string {
 		b.WriteByte(s[i])
 	}
 	return b.String()
+}
+
+// at is the mount on top at a place; nil: nothing is mounted there.
+func (t *mountTable) at(point string) *mountEntry {
+	for i := range slices.Backward(t.entries) {
+		if t.entries[i].point == point {
+			return &t.entries[i]
+		}
+	}
+	return nil
 }
 
 // below returns the mounts strictly below path, the last mounted first, so that
@@ -149,18 +160,22 @@ func foreignType(fstype string) bool {
 // maxLinks is the kernel's limit for links in one path.
 const maxLinks = 40
 
-// foreignPath says whether a path leads to or through a foreign filesystem. It
-// looks at links, but never at anything on such a filesystem.
-func (t *mountTable) foreignPath(path string) bool {
+// foreignPath says whether a path leads to or through a foreign filesystem.
+func (t *mountTable) foreignPath(path string) bool { return t.foreignMount(path) != nil }
+
+// foreignMount is the first foreign filesystem on the way of a path; nil: there
+// is none. It looks at links, but never at anything on such a filesystem.
+func (t *mountTable) foreignMount(path string) *mountEntry {
 	// The filesystem at a place is that of the last mount there.
-	points := map[string]string{}
+	points := map[string]*mountEntry{}
 	any := false
-	for _, e := range t.entries {
-		points[e.point] = e.fstype
+	for i := range t.entries {
+		e := &t.entries[i]
+		points[e.point] = e
 		any = any || foreignType(e.fstype)
 	}
 	if !any {
-		return false
+		return nil
 	}
 	at, links := "/", 0
 	rest := strings.Split(path, "/")
@@ -175,9 +190,9 @@ func (t *mountTable) foreignPath(path string) bool {
 			continue
 		}
 		next := filepath.Join(at, name)
-		if fstype, ok := points[next]; ok {
-			if foreignType(fstype) {
-				return true
+		if e := points[next]; e != nil {
+			if foreignType(e.fstype) {
+				return e
 			}
 			at = next // a mount point is not a link
 			continue
@@ -188,12 +203,12 @@ func (t *mountTable) foreignPath(path string) bool {
 			continue
 		}
 		if links++; links > maxLinks {
-			return false // the kernel says ELOOP
+			return nil // the kernel says ELOOP
 		}
 		if filepath.IsAbs(target) {
 			at = "/"
 		}
 		rest = append(strings.Split(target, "/"), rest...)
 	}
-	return false
+	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -45,6 +46,10 @@ func (v *Volumes) Mounts(ctx context.Context, pod *v1.Pod, container *v1.Contain
 		d := container.VolumeDevices[0]
 		return nil, cleanup, fmt.Errorf("container %q: volumeDevices: block volume %q needs a claim and a cluster: %w", container.Name, d.Name, errdefs.ErrNotImplemented)
 	}
+	claims, err := v.claims(pod)
+	if err != nil {
+		return nil, cleanup, err
+	}
 	byName := map[string]*v1.Volume{}
 	for i := range pod.Spec.Volumes {
 		byName[pod.Spec.Volumes[i].Name] = &pod.Spec.Volumes[i]
@@ -58,7 +63,11 @@ func (v *Volumes) Mounts(ctx context.Context, pod *v1.Pod, container *v1.Contain
 		if err := unsupported(vol); err != nil {
 			return nil, cleanup, fmt.Errorf("container %q: volume %q: %w", container.Name, m.Name, err)
 		}
-		mount, err := v.mount(ctx, pod, container, i, vol, env, &bound)
+		made, err := claims.volume(pod, vol)
+		if err != nil {
+			return nil, cleanup, fmt.Errorf("container %q: volume %q: %w", container.Name, m.Name, err)
+		}
+		mount, err := v.mount(ctx, pod, container, i, made, env, &bound)
 		if err != nil {
 			return nil, cleanup, fmt.Errorf("container %q: volume %q at %s: %w", container.Name, m.Name, m.MountPath, err)
 		}
@@ -67,9 +76,23 @@ func (v *Volumes) Mounts(ctx context.Context, pod *v1.Pod, container *v1.Contain
 	return mounts, cleanup, nil
 }
 
-func (v *Volumes) mount(ctx context.Context, pod *v1.Pod, container *v1.Container, index int, vol *v1.Volume, env func(name string) string, bound *[]string) (*runtimeapi.Mount, error) {
+// claims are what the pod's claims were bound to by Setup.
+func (v *Volumes) claims(pod *v1.Pod) (*claimsRecord, error) {
+	if !hasClaims(pod) {
+		return &claimsRecord{}, nil
+	}
+	p, err := v.openPod(pod.UID, false)
+	if err != nil {
+		return nil, err
+	}
+	defer p.close()
+	return readClaims(p)
+}
+
+func (v *Volumes) mount(ctx context.Context, pod *v1.Pod, container *v1.Container, index int, vol *volume, env func(name string) string, bound *[]string) (*runtimeapi.Mount, error) {
 	m := &container.VolumeMounts[index]
-	out := &runtimeapi.Mount{ContainerPath: m.MountPath, Readonly: m.ReadOnly || hasContent(vol)}
+	content := hasContent(vol.Volume)
+	out := &runtimeapi.Mount{ContainerPath: m.MountPath, Readonly: m.ReadOnly || content || vol.readOnly}
 	if !path.IsAbs(out.ContainerPath) {
 		out.ContainerPath = "/" + out.ContainerPath // as upstream
 	}
@@ -90,7 +113,7 @@ func (v *Volumes) mount(ctx context.Context, pod *v1.Pod, container *v1.Containe
 	out.RecursiveReadOnly = rro
 	// The pod's own directories get the pod's label; what belongs to the host or
 	// to another machine keeps its own.
-	out.SelinuxRelabel = vol.EmptyDir != nil || hasContent(vol)
+	out.SelinuxRelabel = vol.EmptyDir != nil || content
 
 	sub := m.SubPath
 	if m.SubPathExpr != "" {
@@ -119,12 +142,12 @@ func (v *Volumes) mount(ctx context.Context, pod *v1.Pod, container *v1.Containe
 		out.Image, out.ImageSubPath, out.Readonly = &runtimeapi.ImageSpec{Image: vol.Image.Reference}, sub, true
 		return out, nil
 	}
-	out.HostPath = v.path(pod, vol)
+	out.HostPath = v.hostPath(pod.UID, vol)
 	if sub == "" {
 		return out, nil
 	}
 	name := bindName(vol, container, index)
-	target, err := v.bindTarget(pod, name)
+	target, err := v.bindTarget(ctx, pod, name)
 	if err != nil {
 		return nil, err
 	}
@@ -175,13 +198,13 @@ func checkSubPath(sub string) error {
 }
 
 // bindName is the place of a subPath's bind below the pod's volume-subpaths.
-func bindName(vol *v1.Volume, container *v1.Container, index int) string {
+func bindName(vol *volume, container *v1.Container, index int) string {
 	return filepath.Join(vol.Name, container.Name, strconv.Itoa(index))
 }
 
 // bindTarget makes the directory for a bind and takes away what an earlier start
 // of the container left there: its file may have been replaced since.
-func (v *Volumes) bindTarget(pod *v1.Pod, name string) (string, error) {
+func (v *Volumes) bindTarget(ctx context.Context, pod *v1.Pod, name string) (string, error) {
 	p, err := v.openPod(pod.UID, true)
 	if err != nil {
 		return "", err
@@ -201,7 +224,7 @@ func (v *Volumes) bindTarget(pod *v1.Pod, name string) (string, error) {
 		at = next
 	}
 	defer at.close()
-	if err := dropBind(at, parts[len(parts)-1]); err != nil {
+	if err := v.dropBind(ctx, at, parts[len(parts)-1]); err != nil {
 		return "", err
 	}
 	return filepath.Join(v.podDir(pod.UID), subPathsDir, name), nil
@@ -209,17 +232,30 @@ func (v *Volumes) bindTarget(pod *v1.Pod, name string) (string, error) {
 
 // dropBind detaches whatever is bound on name in d and removes the place. The
 // containers keep their own mounts of it.
-func dropBind(d *dir, name string) error {
-	for range maxPasses {
-		err := unix.Unmount("/proc/self/fd/"+strconv.Itoa(d.fd)+"/"+name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			break // nothing mounted there
+func (v *Volumes) dropBind(ctx context.Context, d *dir, name string) error {
+	real, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(d.fd))
+	if err != nil {
+		return err
+	}
+	table, err := readMounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range slices.Backward(table.entries) {
+		if m.point != real+"/"+name {
+			continue
+		}
+		if foreignType(m.fstype) {
+			// Whoever gives up the last use of a filesystem waits for it.
+			err = v.unmountForeign(ctx, m, true)
+		} else {
+			err = unmountPoint(d.fd, name, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		}
 		if err != nil {
-			return &os.PathError{Op: "unmount", Path: d.name + "/" + name, Err: err}
+			return fmt.Errorf("%s/%s: %w", d.name, name, err)
 		}
 	}
-	err := unix.Unlinkat(d.fd, name, 0)
+	err = unix.Unlinkat(d.fd, name, 0)
 	if errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EPERM) {
 		err = unix.Unlinkat(d.fd, name, unix.AT_REMOVEDIR)
 	}
@@ -242,26 +278,28 @@ func (v *Volumes) unbind(pod *v1.Pod, container *v1.Container, name string) {
 		return
 	}
 	defer at.close()
-	if err := dropBind(at, parts[len(parts)-1]); err != nil {
+	ctx, cancel := context.WithTimeout(context.Background(), foreignTimeout)
+	defer cancel()
+	if err := v.dropBind(ctx, at, parts[len(parts)-1]); err != nil {
 		v.log.Debug("subPath is left for the end of the pod", "pod", pod.Name, "container", container.Name, "error", err)
 	}
 }
 
 // prepareSubPath binds a subPath on target: here, or in a helper if the volume
 // is on a foreign filesystem.
-func (v *Volumes) prepareSubPath(ctx context.Context, vol *v1.Volume, volume, sub, target string) error {
+func (v *Volumes) prepareSubPath(ctx context.Context, vol *volume, path, sub, target string) error {
 	foreign := vol.NFS != nil
-	if vol.HostPath != nil {
+	if vol.HostPath != nil || vol.local != "" {
 		table, err := readMounts()
 		if err != nil {
 			return err
 		}
-		foreign = table.foreignPath(filepath.Join(volume, sub))
+		foreign = table.foreignPath(filepath.Join(path, sub))
 	}
 	if foreign {
-		return v.helper(ctx, foreignTimeout, request{Op: opSubPath, Path: volume, SubPath: sub, Target: target})
+		return v.helper(ctx, foreignTimeout, request{Op: opSubPath, Path: path, SubPath: sub, Target: target})
 	}
-	root, err := openVolume(volume)
+	root, err := openVolume(path)
 	if err != nil {
 		return err
 	}

@@ -61,9 +61,12 @@ func groupBelow(ctx context.Context, d *dir, group int, mount uint64) error {
 
 func groupEntry(ctx context.Context, d *dir, name string, group int, mount uint64) error {
 	// O_PATH opens anything, links and devices included, without touching it.
-	fd, err := unix.Openat(d.fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := d.openHere(name, unix.O_PATH)
+	if errors.Is(err, unix.EXDEV) {
+		return nil // what is mounted here is not the volume's
+	}
 	if err != nil {
-		return &os.PathError{Op: "open", Path: d.name + "/" + name, Err: err}
+		return err
 	}
 	defer unix.Close(fd)
 	id, err := mountID(fd)

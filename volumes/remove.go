@@ -45,7 +45,10 @@ func removeBelow(ctx context.Context, d *dir, name string, mount uint64) error {
 	default:
 		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: err}
 	}
-	sub, err := d.openDir(name)
+	fd, err := d.openHere(name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if errors.Is(err, unix.EXDEV) {
+		return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
+	}
 	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
 		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: unix.EPERM}
 	}
@@ -55,6 +58,7 @@ func removeBelow(ctx context.Context, d *dir, name string, mount uint64) error {
 	if err != nil {
 		return err
 	}
+	sub := &dir{fd: fd, name: d.name + "/" + name}
 	// What was opened is what is looked at: no race with a mount in between.
 	id, err := mountID(sub.fd)
 	if err == nil && id != mount {
@@ -99,6 +103,7 @@ func (v *Volumes) Teardown(ctx context.Context, uid types.UID) error {
 	if err := checkUID(uid); err != nil {
 		return err
 	}
+	v.forgetTokens(uid)
 	base, err := openDir(filepath.Join(v.cfg.RootDir, "pods"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -150,7 +155,7 @@ func (v *Volumes) unmountBelow(ctx context.Context, d *dir) error {
 			}
 			// What does not go politely is detached: it disappears from the
 			// tree at once and from the kernel with its last user.
-			if err := v.unmount(ctx, d, m, real, pass > 0); err != nil {
+			if err := v.unmount(ctx, d, table, m, real, pass > 0); err != nil {
 				last = err
 				v.log.Debug("unmount", "path", m.point, "fstype", m.fstype, "error", err)
 			}
@@ -168,8 +173,8 @@ func (v *Volumes) unmountBelow(ctx context.Context, d *dir) error {
 
 // unmount takes one mount away. Its parent directory is opened without following
 // any link, so that nothing a container put into a volume leads elsewhere.
-func (v *Volumes) unmount(ctx context.Context, d *dir, m mountEntry, real string, detach bool) error {
-	if foreignType(m.fstype) {
+func (v *Volumes) unmount(ctx context.Context, d *dir, table *mountTable, m mountEntry, real string, detach bool) error {
+	if foreignType(m.fstype) || table.foreignPath(filepath.Dir(m.point)) {
 		return v.unmountForeign(ctx, m, detach)
 	}
 	flags := unix.UMOUNT_NOFOLLOW
@@ -179,16 +184,17 @@ func (v *Volumes) unmount(ctx context.Context, d *dir, m mountEntry, real string
 	return unmountPoint(d.fd, m.point[len(real)+1:], flags)
 }
 
-// unmountPoint unmounts a path below an open directory.
+// unmountPoint unmounts a path below an open directory, or an absolute one
+// with AT_FDCWD. No link on the way is followed.
 func unmountPoint(fd int, rel string, flags int) error {
 	up, name := filepath.Split(rel)
 	parent := fd
 	if up != "" {
-		p, err := retry(func() (int, error) {
-			return unix.Openat2(fd, filepath.Clean(up), &unix.OpenHow{
-				Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH,
-			})
-		})
+		how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS}
+		if fd != unix.AT_FDCWD {
+			how.Resolve |= unix.RESOLVE_BENEATH
+		}
+		p, err := retry(func() (int, error) { return unix.Openat2(fd, filepath.Clean(up), how) })
 		if err != nil {
 			return &os.PathError{Op: "open", Path: up, Err: err}
 		}

@@ -32,6 +32,7 @@ const (
 	pluginDownward  = "kubernetes.io~downward-api"
 	pluginProjected = "kubernetes.io~projected"
 	pluginNFS       = "kubernetes.io~nfs"
+	pluginLocal     = "kubernetes.io~local-volume"
 )
 
 const (
@@ -51,10 +52,20 @@ type Config struct {
 	// Objects are the ConfigMaps and Secrets of the node. Required if pods use
 	// any.
 	Objects Objects
+	// Claims and Tokens are those of the node; nil: it has none.
+	Claims Claims
+	Tokens Tokens
+	// Node is this node with its labels, for the affinity of
+	// PersistentVolumes; may be nil.
+	Node func() *v1.Node
 	// Allocatable are the node's resources, for limits that a container does
 	// not set and the downward API asks for, and as bound of memory volumes;
 	// may be nil.
 	Allocatable func() v1.ResourceList
+	// MeasureEvery is how often Run measures volumes, by default a minute, and
+	// WatchEvery how often it asks foreign filesystems for an answer, by default
+	// 10 s.
+	MeasureEvery, WatchEvery time.Duration
 	// RecursiveReadOnly says whether the runtime can make mounts recursively
 	// read-only (mount_setattr, Linux 5.12).
 	RecursiveReadOnly bool
@@ -75,6 +86,9 @@ type Volumes struct {
 
 	mu    sync.Mutex
 	locks map[types.UID]*podLock
+
+	tokens   tokens
+	measured measured
 
 	noswap sync.Once // whether tmpfs knows noswap is found out once
 	noSwap bool
@@ -178,10 +192,6 @@ func plugin(vol *v1.Volume) string {
 func unsupported(vol *v1.Volume) error {
 	kind, why := "", "not supported"
 	switch {
-	case vol.PersistentVolumeClaim != nil:
-		kind, why = "persistentVolumeClaim", "claims need a cluster; use hostPath or nfs"
-	case vol.Ephemeral != nil:
-		kind, why = "ephemeral", "claims need a cluster; use emptyDir"
 	case vol.CSI != nil:
 		kind, why = "csi", "CSI drivers are not supported yet; use hostPath or nfs"
 	case vol.ISCSI != nil:
@@ -192,6 +202,8 @@ func unsupported(vol *v1.Volume) error {
 		kind, why = "flexVolume", "deprecated upstream"
 	case vol.GitRepo != nil:
 		kind, why = "gitRepo", "removed upstream for CVE-2024-10220; clone in an init container"
+	case isClaim(vol):
+		return nil
 	case vol.EmptyDir == nil && vol.ConfigMap == nil && vol.Secret == nil && vol.DownwardAPI == nil &&
 		vol.Projected == nil && vol.NFS == nil && vol.HostPath == nil && vol.Image == nil:
 		kind, why = "source", "this kind of volume is not supported; use emptyDir, hostPath, nfs, configMap, secret, downwardAPI, projected or image"
@@ -239,9 +251,13 @@ func (v *Volumes) Setup(ctx context.Context, pod *v1.Pod) error {
 		return nil
 	}
 	names := used(pod)
+	bound, err := v.bind(ctx, pod, p)
+	if err != nil {
+		return err
+	}
 	var all *dir // volumes/
 	defer func() { all.close() }()
-	var foreign []*v1.Volume
+	var foreign []*volume
 	for i := range pod.Spec.Volumes {
 		vol := &pod.Spec.Volumes[i]
 		if !names[vol.Name] {
@@ -255,8 +271,12 @@ func (v *Volumes) Setup(ctx context.Context, pod *v1.Pod) error {
 		}
 		switch {
 		case vol.Image != nil: // the runtime's
-		case vol.NFS != nil || vol.HostPath != nil:
-			foreign = append(foreign, vol)
+		case vol.NFS != nil || vol.HostPath != nil || isClaim(vol):
+			f, err := bound.volume(pod, vol)
+			if err != nil {
+				return fmt.Errorf("volume %q: %w", vol.Name, err)
+			}
+			foreign = append(foreign, f)
 		default:
 			if all == nil {
 				if all, err = p.makeDir(volumesDir, 0o750); err != nil {
@@ -273,10 +293,7 @@ func (v *Volumes) Setup(ctx context.Context, pod *v1.Pod) error {
 
 // path is where a volume is on the host.
 func (v *Volumes) path(pod *v1.Pod, vol *v1.Volume) string {
-	if vol.HostPath != nil {
-		return vol.HostPath.Path
-	}
-	return filepath.Join(v.podDir(pod.UID), volumesDir, plugin(vol), vol.Name)
+	return v.hostPath(pod.UID, &volume{Volume: vol, dir: vol.Name})
 }
 
 func (v *Volumes) setupLocal(ctx context.Context, pod *v1.Pod, all *dir, vol *v1.Volume) error {
@@ -288,50 +305,56 @@ func (v *Volumes) setupLocal(ctx context.Context, pod *v1.Pod, all *dir, vol *v1
 	if vol.EmptyDir != nil {
 		return v.setupEmptyDir(ctx, pod, kind, vol)
 	}
-	return v.setupContent(pod, kind, vol)
+	return v.setupContent(ctx, pod, kind, vol)
 }
 
-// setupForeign makes the volumes that may take long, side by side.
-func (v *Volumes) setupForeign(ctx context.Context, pod *v1.Pod, p *dir, vols []*v1.Volume) error {
-	if len(vols) == 0 {
-		return nil
-	}
-	var mounts *mountTable
+// setupForeign makes the volumes that may take long, side by side. The error
+// names what was to be mounted.
+func (v *Volumes) setupForeign(ctx context.Context, pod *v1.Pod, p *dir, vols []*volume) error {
 	errs := make([]error, len(vols))
 	var wg sync.WaitGroup
 	for i, vol := range vols {
-		if vol.HostPath != nil {
-			if vol.HostPath.Type == nil || *vol.HostPath.Type == v1.HostPathUnset {
-				continue // nothing is checked; the runtime makes a missing directory
-			}
-			if mounts == nil {
-				var err error
-				if mounts, err = readMounts(); err != nil {
-					return fmt.Errorf("volume %q: %w", vol.Name, err)
-				}
-			}
-			if !mounts.foreignPath(vol.HostPath.Path) {
-				if err := checkHostPath(vol.HostPath.Path, *vol.HostPath.Type); err != nil {
-					errs[i] = fmt.Errorf("volume %q: %w", vol.Name, err)
-				}
-				continue
-			}
-			wg.Go(func() {
-				if err := v.helper(ctx, foreignTimeout, request{Op: opHostPath, Path: vol.HostPath.Path, Type: string(*vol.HostPath.Type)}); err != nil {
-					errs[i] = fmt.Errorf("volume %q: %w", vol.Name, err)
-				}
-			})
-			continue
-		}
 		wg.Go(func() {
-			if err := v.setupNFS(ctx, p, vol); err != nil {
-				errs[i] = fmt.Errorf("volume %q: nfs %s:%s: %w", vol.Name, vol.NFS.Server, vol.NFS.Path, err)
+			var err error
+			what := ""
+			switch {
+			case vol.NFS != nil:
+				what = fmt.Sprintf("nfs %s:%s: ", vol.NFS.Server, vol.NFS.Path)
+				err = v.setupNFS(ctx, p, vol)
+			case vol.local != "":
+				what = "local " + vol.local + ": "
+				err = v.setupLocalPV(ctx, pod, p, vol)
+			default:
+				err = v.setupHostPath(ctx, vol.HostPath)
+			}
+			if err != nil {
+				if vol.claim != "" {
+					what = fmt.Sprintf("claim %s (volume %s): %s", vol.claim, vol.dir, what)
+				}
+				errs[i] = fmt.Errorf("volume %q: %s%w", vol.Name, what, err)
 			}
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
 }
+
+func (v *Volumes) setupHostPath(ctx context.Context, source *v1.HostPathVolumeSource) error {
+	if source.Type == nil || *source.Type == v1.HostPathUnset {
+		return nil // nothing is checked; the runtime makes a missing directory
+	}
+	mounts, err := readMounts()
+	if err != nil {
+		return err
+	}
+	if !mounts.foreignPath(source.Path) {
+		return checkHostPath(source.Path, *source.Type)
+	}
+	return v.helper(ctx, foreignTimeout, request{Op: opHostPath, Path: source.Path, Type: string(*source.Type)})
+}
+
+// errNoDirectory is returned for pods that have none of their own yet.
+var errNoDirectory = fmt.Errorf("pod has no directory: %w", errdefs.ErrNotFound)
 
 // Refresh brings configMap, secret, downwardAPI and projected volumes up to
 // date. Volumes whose content is the same are not touched, and volumes that are
@@ -340,7 +363,7 @@ func (v *Volumes) Refresh(ctx context.Context, pod *v1.Pod) error {
 	defer v.lock(pod.UID)()
 	p, err := v.openPod(pod.UID, false)
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("volumes of pod %s/%s: %w", pod.Namespace, pod.Name, errdefs.ErrNotFound)
+		return fmt.Errorf("volumes of pod %s/%s: %w", pod.Namespace, pod.Name, errNoDirectory)
 	} else if err != nil {
 		return err
 	}
@@ -360,7 +383,7 @@ func (v *Volumes) Refresh(ctx context.Context, pod *v1.Pod) error {
 			continue
 		}
 		if err == nil {
-			err = v.writeContent(pod, root, vol)
+			err = v.writeContent(ctx, pod, root, vol)
 			root.close()
 		}
 		if err != nil {

@@ -434,10 +434,16 @@ func TestHostPathTypes(t *testing.T) {
 
 func TestUnsupportedNamesKindAndRemedy(t *testing.T) {
 	v, _ := testVolumes(t)
-	p := pod("u1", v1.Volume{Name: "c", VolumeSource: v1.VolumeSource{PersistentVolumeClaim: &v1.PersistentVolumeClaimVolumeSource{ClaimName: "x"}}})
-	err := v.Setup(context.Background(), p)
-	if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), `volume "c": persistentVolumeClaim`) {
-		t.Errorf("%v", err)
+	p := pod("u1", claimVolume("c", "x"))
+	for want, source := range map[string]v1.VolumeSource{
+		`volume "c": claim ns/x: this node knows no claims`: claimVolume("c", "x").VolumeSource,
+		`volume "c": csi`: {CSI: &v1.CSIVolumeSource{Driver: "d"}},
+	} {
+		p.Spec.Volumes[0].VolumeSource = source
+		err := v.Setup(context.Background(), p)
+		if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v", err)
+		}
 	}
 	// A volume that nobody mounts is not made.
 	p.Spec.Containers[0].VolumeMounts = nil

@@ -21,15 +21,15 @@ import (
 // List returns all pods with their status, by namespace and name. The pods
 // are the caller's.
 func (t *Table) List() []*v1.Pod {
-	out := t.snapshot()
+	out := t.Pods()
 	for i := range out {
 		out[i] = out[i].DeepCopy()
 	}
 	return out
 }
 
-// snapshot is List without copies: the pods must not be changed.
-func (t *Table) snapshot() []*v1.Pod {
+// Pods is List without copies: the pods must not be changed.
+func (t *Table) Pods() []*v1.Pod {
 	var out []*v1.Pod
 	for _, w := range t.all() {
 		if p := w.published.Load(); p != nil {

@@ -22,7 +22,7 @@ func (n *node) allReady(t testing.TB, want int) {
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		ready := 0
-		for _, p := range n.table.snapshot() {
+		for _, p := range n.table.Pods() {
 			for i := range p.Status.Conditions {
 				if c := &p.Status.Conditions[i]; c.Type == v1.PodReady && c.Status == v1.ConditionTrue {
 					ready++

@@ -23,6 +23,8 @@ type life struct {
 	// stopped by a user: it stays down until it changes or is restarted.
 	stopped bool
 	failed  *status.Cause // by the node, for good
+	// troubles of its volumes, in words.
+	troubles []string
 
 	ops    map[string]*op
 	probed map[string]bool // by container id
@@ -158,6 +160,7 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 	o := &status.Observed{
 		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
 		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed,
+		Troubles: l.troubles,
 	}
 	if s := l.o.current(); s != nil {
 		o.SandboxReady, o.PodIPs = true, s.IPs

@@ -2,8 +2,10 @@ package pods
 
 import (
 	"context"
+	"slices"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 )
@@ -56,4 +58,31 @@ func (w *worker) refreshVolumes(l *life) {
 			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
 		}
 	}()
+}
+
+// VolumesTroubled tells which volumes of a pod do not answer, in words; none:
+// all do. It shows in the pod's conditions, and each change is an event.
+func (t *Table) VolumesTroubled(uid types.UID, troubles []string) {
+	for _, w := range t.all() {
+		w.post(func() {
+			for _, l := range w.lives {
+				if l.d.Pod.UID == uid {
+					w.volumesTroubled(l, troubles)
+				}
+			}
+		})
+	}
+}
+
+func (w *worker) volumesTroubled(l *life, troubles []string) {
+	events := w.t.deps.Events
+	for _, t := range troubles {
+		if !slices.Contains(l.troubles, t) {
+			events.Eventf(ref(l.d.Pod), v1.EventTypeWarning, "VolumeConditionAbnormal", "%s", t)
+		}
+	}
+	if len(troubles) == 0 && len(l.troubles) > 0 {
+		events.Eventf(ref(l.d.Pod), v1.EventTypeNormal, "VolumeConditionNormal", "all volumes answer again")
+	}
+	l.troubles = troubles
 }

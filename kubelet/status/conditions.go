@@ -20,7 +20,13 @@ const (
 	PodFailed                = "PodFailed"
 	// RestartAllContainersStarted is the reason of AllContainersRestarting.
 	RestartAllContainersStarted = "RestartAllContainersStarted"
+	// VolumeUnresponsive is the reason of VolumesResponding.
+	VolumeUnresponsive = "VolumeUnresponsive"
 )
+
+// VolumesResponding is a condition of podd's own: a pod has it from the time
+// when one of its volumes is found on a filesystem that does not answer.
+const VolumesResponding v1.PodConditionType = "podd.dev/VolumesResponding"
 
 // conditions of the pod; those of others, such as readiness gates, are kept.
 func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition, now time.Time) []v1.PodCondition {
@@ -34,6 +40,13 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 	}
 	if podutil.AllContainersCouldRestart(&pod.Spec) {
 		own = append(own, allRestarting(pod, s, o))
+	}
+	if _, had := podutil.GetPodConditionFromList(old, VolumesResponding); had != nil || len(o.Troubles) > 0 {
+		c := v1.PodCondition{Type: VolumesResponding, Status: truth(len(o.Troubles) == 0)}
+		if len(o.Troubles) > 0 {
+			c.Reason, c.Message = VolumeUnresponsive, strings.Join(o.Troubles, "; ")
+		}
+		own = append(own, c)
 	}
 	for i := range own {
 		c := &own[i]

@@ -76,6 +76,8 @@ type Observed struct {
 	Failed *Cause
 	// restarting: all containers are removed and start anew; Compute's own.
 	restarting bool
+	// Troubles are the volumes whose filesystem does not answer, in words.
+	Troubles []string
 	// Note is the status' reason and message without a change of phase.
 	Note *Cause
 }

@@ -1,0 +1,365 @@
+package volumes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	stats "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
+)
+
+const (
+	// defaultMeasure is how often volumes are measured (upstream's
+	// volumeStatsAggPeriod), limitedMeasure how often those are that have a
+	// limit (upstream's eviction manager looks every 10 s).
+	defaultMeasure = time.Minute
+	limitedMeasure = 10 * time.Second
+	// watchForeign is how often foreign filesystems are asked whether they
+	// still answer, foreignPatience how long each may take to say so.
+	watchForeign    = 10 * time.Second
+	foreignPatience = 5 * time.Second
+	// walkShare is the part of one CPU that counting trees may take.
+	walkShare = 0.05
+)
+
+// Trouble is a volume whose filesystem does not answer.
+type Trouble struct {
+	Volume string
+	// What names the filesystem: server and path, or the mount point.
+	What  string
+	Since time.Time
+}
+
+func (t Trouble) String() string {
+	return fmt.Sprintf("volume %q: %s does not answer since %s", t.Volume, t.What, t.Since.UTC().Format(time.RFC3339))
+}
+
+// measured is what the background work has found, for those who ask.
+type measured struct {
+	mu       sync.Mutex
+	stats    map[types.UID]map[string]stats.VolumeStats
+	troubles map[types.UID][]Trouble
+	// silent are the foreign filesystems that do not answer, by device.
+	silent map[string]time.Time
+	// asking are those that a helper waits for.
+	asking map[string]bool
+	known  map[string]*fsUsage
+}
+
+// Stats returns the usage of a pod's volumes as it was measured last, by name;
+// nothing is measured for the call. Volumes of kinds that have no usage of
+// their own (hostPath, image) are left out.
+func (v *Volumes) Stats(uid types.UID) []stats.VolumeStats {
+	v.measured.mu.Lock()
+	defer v.measured.mu.Unlock()
+	have := v.measured.stats[uid]
+	out := make([]stats.VolumeStats, 0, len(have))
+	for _, name := range slices.Sorted(maps.Keys(have)) {
+		out = append(out, have[name])
+	}
+	return out
+}
+
+// Troubles returns the volumes of a pod that do not answer.
+func (v *Volumes) Troubles(uid types.UID) []Trouble {
+	v.measured.mu.Lock()
+	defer v.measured.mu.Unlock()
+	return slices.Clone(v.measured.troubles[uid])
+}
+
+// Run does what is done for volumes in the background until ctx ends: it
+// measures them, asks foreign filesystems whether they answer, and renews
+// tokens. pods are those of the node; they are not changed. troubled, which may
+// be nil, is called when the troubles of a pod change.
+func (v *Volumes) Run(ctx context.Context, pods func() []*v1.Pod, troubled func(uid types.UID, troubles []Trouble)) error {
+	var group sync.WaitGroup
+	defer group.Wait()
+	every := func(period time.Duration, f func([]*v1.Pod)) {
+		group.Go(func() {
+			tick := time.NewTicker(period)
+			defer tick.Stop()
+			for {
+				f(pods())
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+				}
+			}
+		})
+	}
+	all := v.cfg.MeasureEvery
+	if all == 0 {
+		all = defaultMeasure
+	}
+	var last time.Time
+	every(min(all, limitedMeasure), func(list []*v1.Pod) {
+		whole := time.Since(last) >= all
+		if whole {
+			last = time.Now()
+		}
+		v.measure(ctx, list, whole)
+	})
+	watch := v.cfg.WatchEvery
+	if watch == 0 {
+		watch = watchForeign
+	}
+	every(watch, func(list []*v1.Pod) { v.watch(ctx, list, troubled) })
+	every(time.Minute, func(list []*v1.Pod) { v.renew(ctx, list) })
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// renew the tokens in pods' volumes that are due.
+func (v *Volumes) renew(ctx context.Context, pods []*v1.Pod) {
+	for _, pod := range pods {
+		if !slices.ContainsFunc(pod.Spec.Volumes, func(vol v1.Volume) bool { return hasToken(&vol) }) {
+			continue
+		}
+		if err := v.Refresh(ctx, pod); err != nil && ctx.Err() == nil && !errors.Is(err, errNoDirectory) {
+			v.log.Warn("volumes are not refreshed", "namespace", pod.Namespace, "pod", pod.Name, "error", err)
+		}
+	}
+}
+
+// limited says whether the usage of a pod's volumes decides about its life.
+func limited(pod *v1.Pod) bool {
+	for i := range pod.Spec.Volumes {
+		if e := pod.Spec.Volumes[i].EmptyDir; e != nil && e.SizeLimit != nil && e.Medium == v1.StorageMediumDefault {
+			return true
+		}
+	}
+	has := func(l v1.ResourceList) bool { _, ok := l[v1.ResourceEphemeralStorage]; return ok }
+	for i := range pod.Spec.Containers {
+		if has(pod.Spec.Containers[i].Resources.Limits) {
+			return true
+		}
+	}
+	return pod.Spec.Resources != nil && has(pod.Spec.Resources.Limits)
+}
+
+// measure the volumes of all pods, or of those that have limits only.
+func (v *Volumes) measure(ctx context.Context, pods []*v1.Pod, all bool) {
+	share := walkShare
+	present := map[types.UID]bool{}
+	for _, pod := range pods {
+		present[pod.UID] = true
+		if !all && !limited(pod) {
+			continue
+		}
+		found := v.measurePod(ctx, pod, &pace{share: share})
+		if ctx.Err() != nil {
+			return
+		}
+		v.measured.mu.Lock()
+		if v.measured.stats == nil {
+			v.measured.stats = map[types.UID]map[string]stats.VolumeStats{}
+		}
+		v.measured.stats[pod.UID] = found
+		v.measured.mu.Unlock()
+	}
+	v.measured.mu.Lock()
+	defer v.measured.mu.Unlock()
+	maps.DeleteFunc(v.measured.stats, func(uid types.UID, _ map[string]stats.VolumeStats) bool { return !present[uid] })
+}
+
+func (v *Volumes) measurePod(ctx context.Context, pod *v1.Pod, p *pace) map[string]stats.VolumeStats {
+	names := used(pod)
+	claims, err := v.claims(pod)
+	if err != nil {
+		claims = &claimsRecord{}
+	}
+	root, err := v.openPod(pod.UID, false)
+	if err != nil {
+		return nil
+	}
+	defer root.close()
+	table, err := readMounts()
+	if err != nil {
+		return nil
+	}
+	out := map[string]stats.VolumeStats{}
+	for i := range pod.Spec.Volumes {
+		vol, err := claims.volume(pod, &pod.Spec.Volumes[i])
+		if err != nil || !names[vol.Name] || vol.plugin() == "" {
+			continue
+		}
+		u, err := v.measureVolume(ctx, pod, root, table, vol, p)
+		if err != nil || u == nil {
+			if err != nil && ctx.Err() == nil {
+				v.log.Debug("volume is not measured", "pod", pod.Name, "volume", vol.Name, "error", err)
+			}
+			continue
+		}
+		s := stats.VolumeStats{Name: vol.Name, FsStats: stats.FsStats{
+			Time: metav1.Now(), CapacityBytes: &u.Capacity, AvailableBytes: &u.Available, UsedBytes: &u.Used,
+			Inodes: &u.Inodes, InodesFree: &u.InodesFree, InodesUsed: &u.InodesUsed,
+		}}
+		if vol.claim != "" {
+			s.PVCRef = &stats.PVCReference{Name: vol.claim, Namespace: pod.Namespace}
+			s.VolumeHealthStats = &stats.VolumeHealthStats{Abnormal: slices.ContainsFunc(v.Troubles(pod.UID), func(t Trouble) bool { return t.Volume == vol.Name })}
+		}
+		out[vol.Name] = s
+	}
+	return out
+}
+
+// measureVolume tells a filesystem of its own by its own figures, and a
+// directory by what is in it. A foreign one was asked by watch.
+func (v *Volumes) measureVolume(ctx context.Context, pod *v1.Pod, root *dir, table *mountTable, vol *volume, p *pace) (*fsUsage, error) {
+	if m := v.foreignOf(table, pod, vol); m != nil {
+		v.measured.mu.Lock()
+		defer v.measured.mu.Unlock()
+		return v.measured.known[m.device], nil
+	}
+	at, err := root.walk(volumesDir, vol.plugin(), vol.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer at.close()
+	u, err := statfsOf(at)
+	if err != nil || vol.plugin() == pluginLocal || table.at(v.hostPath(pod.UID, vol)) != nil {
+		return u, err
+	}
+	if quota, ok := quotaUsage(at); ok {
+		u.Used, u.InodesUsed = quota.Used, quota.InodesUsed
+		return u, nil
+	}
+	u.Used, u.InodesUsed, err = treeUsage(ctx, at, p)
+	return u, err
+}
+
+// foreignOf is the foreign filesystem that a volume is on; nil: none.
+func (v *Volumes) foreignOf(table *mountTable, pod *v1.Pod, vol *volume) *mountEntry {
+	switch {
+	case vol.NFS != nil:
+		return table.at(v.hostPath(pod.UID, vol))
+	case vol.HostPath != nil:
+		return table.foreignMount(vol.HostPath.Path)
+	case vol.local != "":
+		return table.foreignMount(vol.local)
+	}
+	return nil
+}
+
+// watch asks every foreign filesystem of the pods whether it answers, each once
+// however many pods have it mounted, all of them side by side.
+func (v *Volumes) watch(ctx context.Context, pods []*v1.Pod, troubled func(types.UID, []Trouble)) {
+	table, err := readMounts()
+	if err != nil {
+		return
+	}
+	type use struct {
+		uid    types.UID
+		volume string
+		mount  *mountEntry
+	}
+	var uses []use
+	devices := map[string]*mountEntry{}
+	for _, pod := range pods {
+		names := used(pod)
+		claims, err := v.claims(pod)
+		if err != nil {
+			continue
+		}
+		for i := range pod.Spec.Volumes {
+			vol, err := claims.volume(pod, &pod.Spec.Volumes[i])
+			if err != nil || !names[vol.Name] {
+				continue
+			}
+			if m := v.foreignOf(table, pod, vol); m != nil {
+				uses = append(uses, use{pod.UID, vol.Name, m})
+				devices[m.device] = m
+			}
+		}
+	}
+	var group sync.WaitGroup
+	for _, m := range devices {
+		group.Go(func() { v.askForeign(ctx, m) })
+	}
+	group.Wait()
+	if ctx.Err() != nil {
+		return
+	}
+	v.measured.mu.Lock()
+	now := map[types.UID][]Trouble{}
+	for _, u := range uses {
+		if since, bad := v.measured.silent[u.mount.device]; bad {
+			now[u.uid] = append(now[u.uid], Trouble{Volume: u.volume, What: u.mount.String(), Since: since})
+		}
+	}
+	gone := func(device string) bool { return devices[device] == nil }
+	maps.DeleteFunc(v.measured.silent, func(d string, _ time.Time) bool { return gone(d) })
+	maps.DeleteFunc(v.measured.known, func(d string, _ *fsUsage) bool { return gone(d) })
+	changed := map[types.UID][]Trouble{}
+	for uid, t := range now {
+		if !slices.Equal(t, v.measured.troubles[uid]) {
+			changed[uid] = t
+		}
+	}
+	for uid := range v.measured.troubles {
+		if now[uid] == nil {
+			changed[uid] = nil
+		}
+	}
+	v.measured.troubles = now
+	v.measured.mu.Unlock()
+	if troubled != nil {
+		for uid, t := range changed {
+			troubled(uid, t)
+		}
+	}
+}
+
+// askForeign asks one filesystem. There is never more than one helper that
+// waits for it.
+func (v *Volumes) askForeign(ctx context.Context, m *mountEntry) {
+	ms := &v.measured
+	ms.mu.Lock()
+	if ms.silent == nil {
+		ms.silent, ms.asking, ms.known = map[string]time.Time{}, map[string]bool{}, map[string]*fsUsage{}
+	}
+	busy := ms.asking[m.device]
+	ms.asking[m.device] = true
+	ms.mu.Unlock()
+	if busy {
+		return
+	}
+	begun := time.Now()
+	res, err := v.run(ctx, foreignPatience, request{Op: opStatfs, Path: m.point}, func() {
+		ms.mu.Lock()
+		defer ms.mu.Unlock()
+		delete(ms.asking, m.device)
+	})
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	switch {
+	case err == nil:
+		if since, was := ms.silent[m.device]; was {
+			v.log.Info("filesystem answers again", "filesystem", m.String(), "after", time.Since(since).Round(time.Second))
+		}
+		delete(ms.silent, m.device)
+		ms.known[m.device] = res.Usage
+	case ctx.Err() != nil:
+	default:
+		if _, was := ms.silent[m.device]; !was {
+			ms.silent[m.device] = begun.Truncate(time.Second)
+			v.log.Warn("filesystem does not answer", "filesystem", m.String(), "error", err)
+		}
+	}
+}
+
+// String names the filesystem: what serves it, or where it is.
+func (m *mountEntry) String() string {
+	if m.source == "" || m.source == "none" || m.fstype == m.source {
+		return m.fstype + " on " + m.point
+	}
+	return m.fstype + " " + m.source
+}
