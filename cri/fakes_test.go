@@ -351,7 +351,7 @@ func (f *fakeImages) UnmountRootfs(_ context.Context, key, target string) error 
 	return nil
 }
 
-func (f *fakeImages) MountImage(ctx context.Context, key, image, target string) error {
+func (f *fakeImages) MountImage(ctx context.Context, key, image, target string, _, _ []specs.LinuxIDMapping) error {
 	return f.MountRootfs(ctx, key, image, target, nil, nil)
 }
 

@@ -66,7 +66,7 @@ type Images interface {
 	// UnmountRootfs unmounts target and drops the snapshot.
 	UnmountRootfs(ctx context.Context, key, target string) error
 	// MountImage mounts the image's tree read-only at target (image volumes).
-	MountImage(ctx context.Context, key, image, target string) error
+	MountImage(ctx context.Context, key, image, target string, uid, gid []specs.LinuxIDMapping) error
 	// Usage of one writable snapshot in bytes and inodes, from a background cache.
 	Usage(ctx context.Context, key string) (bytes, inodes uint64, err error)
 	// FsInfo of the store's file system.

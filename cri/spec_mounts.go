@@ -239,12 +239,20 @@ func (s *Service) prepareImageVolumes(ctx context.Context, id string, mounts []*
 		if err != nil {
 			return nil, nil, fmt.Errorf("%w: image %q for %q: %w", crierrors.ErrImageVolumeMountFailed, clip(m.GetImage().GetImage()), clip(m.GetContainerPath()), err)
 		}
+		uids, err := idMappings("uidMappings", m.GetUidMappings())
+		if err != nil {
+			return nil, nil, err
+		}
+		gids, err := idMappings("gidMappings", m.GetGidMappings())
+		if err != nil {
+			return nil, nil, err
+		}
 		im := imageMount{Key: fmt.Sprintf("%s-volume-%d", id, i), Target: filepath.Join(s.containerDir(id), fmt.Sprintf("image-%d", i))}
 		if err := os.Mkdir(im.Target, 0o700); err != nil {
 			return nil, nil, err
 		}
 		u.push("image volume", func(ctx context.Context) error { return s.dropImageVolume(ctx, im) })
-		if err := s.images.MountImage(ctx, im.Key, img.ID, im.Target); err != nil {
+		if err := s.images.MountImage(ctx, im.Key, img.ID, im.Target, uids, gids); err != nil {
 			return nil, nil, fmt.Errorf("%w: %w", crierrors.ErrImageVolumeMountFailed, err)
 		}
 		done = append(done, im)

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lock makes dir (0700) and takes it for this process. The kernel gives it back
+// lock makes dir (0711: pods with users of their own go through it) and takes it for this process. The kernel gives it back
 // when the process ends, however it ends.
 func lock(dir string) (unlock func(), err error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {

@@ -138,7 +138,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 				},
 			},
 			RecordDir: filepath.Join(p.DataDir, "pods"), Sources: []string{manifests.SourceName},
-			Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
+			UserIDsPerPod: cfg.UserIDsPerPod(), Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
 			Log: part("pods"),
 		},
 	}

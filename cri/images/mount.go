@@ -131,8 +131,9 @@ func (s *Store) MountRootfs(ctx context.Context, key, image, target string, uid,
 
 // MountImage mounts the image's tree read-only at target; key holds the image
 // until UnmountRootfs. Programs and device nodes in it cannot be used through
-// this mount, as the CRI has it for image volumes.
-func (s *Store) MountImage(ctx context.Context, key, image, target string) (err error) {
+// this mount, as the CRI has it for image volumes. With uid and gid its files
+// have mapped ids, as with MountRootfs.
+func (s *Store) MountImage(ctx context.Context, key, image, target string, uid, gid []specs.LinuxIDMapping) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("mount image %s read-only at %s for %s: %w", image, target, key, err)
@@ -160,7 +161,7 @@ func (s *Store) MountImage(ctx context.Context, key, image, target string) (err 
 	if done, err := s.prepareTarget(target); done || err != nil {
 		return err
 	}
-	return s.mountOverlay(key, sn.lowers, target, unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "", nil, nil)
+	return s.mountOverlay(key, sn.lowers, target, unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "", uid, gid)
 }
 
 // UnmountRootfs unmounts target and drops the snapshot. It succeeds when there

@@ -175,7 +175,7 @@ func TestManyLayers(t *testing.T) {
 				}
 			}
 			target := filepath.Join(t.TempDir(), "ro")
-			if err := s.MountImage(t.Context(), "volume", img2id(t, s), target); err != nil {
+			if err := s.MountImage(t.Context(), "volume", img2id(t, s), target, nil, nil); err != nil {
 				t.Fatal(err)
 			}
 			if read(t, target+"/last") != "126" {
@@ -204,7 +204,7 @@ func TestMountImage(t *testing.T) {
 		target := filepath.Join(t.TempDir(), "v")
 		key := fmt.Sprint("v", i)
 		for range 2 {
-			if err := s.MountImage(t.Context(), key, img, target); err != nil {
+			if err := s.MountImage(t.Context(), key, img, target, nil, nil); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -106,6 +106,9 @@ func New(t testing.TB, flags ...string) *Node {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Chmod(dir, 0o711); err != nil { // as a run directory is: for users of pods' own
+		t.Fatal(err)
+	}
 	n.Dir = dir
 	n.name = fmt.Sprintf("podd-test-%d-%d", os.Getpid(), counter.Add(1))
 	for _, d := range []string{"manifests", "cni", "certs.d"} {

@@ -47,6 +47,14 @@ type Config struct {
 	flags     []*flagValue
 }
 
+// UserIDsPerPod is userNamespaces.idsPerPod; 0: not set.
+func (c *Config) UserIDsPerPod() int64 {
+	if u := c.Kubelet.UserNamespaces; u != nil && u.IDsPerPod != nil {
+		return *u.IDsPerPod
+	}
+	return 0
+}
+
 // Warning is a setting that is accepted and not acted on.
 type Warning struct {
 	// Name of the field or, with its dashes, of the flag.

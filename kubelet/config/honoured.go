@@ -38,6 +38,7 @@ var honoured = []string{
 	"serializeImagePulls",
 	"singleProcessOOMKill",
 	"staticPodPath",
+	"userNamespaces",
 }
 
 // usages are the help of upstream's flags that podd acts on. The others are
@@ -144,6 +145,9 @@ func (c *Config) check(l *loader) error {
 	}
 	if d := k.CrashLoopBackOff.MaxContainerRestartPeriod; d != nil && (d.Seconds() < 1 || d.Seconds() > 300) {
 		return bad("kubelet.crashLoopBackOff.maxContainerRestartPeriod", "%s: want 1s to 300s", d.Duration)
+	}
+	if n := c.UserIDsPerPod(); n < 0 || n%65536 != 0 {
+		return bad("kubelet.userNamespaces.idsPerPod", "%d: want a multiple of 65536", n)
 	}
 	for _, ip := range p.NodeIPs {
 		if net.ParseIP(ip) == nil {

@@ -189,6 +189,17 @@ func (s *launch) config(ctx context.Context) (*runtimeapi.ContainerConfig, func(
 	cfg, err := node.Container(s.pod, s.c, &spec.ContainerParts{
 		Attempt: s.attempt, ImageRef: s.image, User: user, Env: env, Mounts: append(mounts, own...), TargetID: s.target,
 	})
+	if err != nil {
+		return nil, cleanup, err
+	}
+	ids, err := s.w.t.userns.get(s.pod)
+	if ids != nil {
+		// Volumes show their files as the pod's users', whoever's they are.
+		for _, m := range cfg.Mounts {
+			m.UidMappings, m.GidMappings = ids.Uids, ids.Gids
+		}
+		cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions = ids
+	}
 	return cfg, cleanup, err
 }
 

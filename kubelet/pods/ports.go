@@ -100,6 +100,8 @@ type Config struct {
 	// Audit is how often the runtime is asked for what events may have
 	// missed; 0: a minute.
 	Audit time.Duration
+	// UserIDsPerPod with hostUsers: false, a multiple of 65536; 0: that.
+	UserIDsPerPod int64
 	// Probes limits the probes at once; see probes.Config.
 	ParallelProbes, ParallelExecProbes int
 	Log                                *slog.Logger

@@ -32,6 +32,11 @@ func (t *Table) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if dirs, err := t.deps.Volumes.Pods(); err == nil {
+		for _, problem := range t.userns.recover(dirs) {
+			t.log.Error("pod's user ids are not known", "error", problem)
+		}
+	}
 	mine := map[types.UID][]*runtimeapi.PodSandbox{}
 	for _, s := range sandboxes {
 		uid := types.UID(s.Labels[spec.LabelPodUID])
@@ -197,7 +202,13 @@ func (t *Table) sweep() {
 	ctx, cancel := context.WithTimeout(t.ctx, 5*t.cfg.CallTimeout)
 	defer cancel()
 	if dirs, err := t.deps.Volumes.Pods(); err == nil {
-		t.sweepUIDs(dirs, "directory", func(uid types.UID) error { return t.deps.Volumes.Teardown(ctx, uid) })
+		t.sweepUIDs(dirs, "directory", func(uid types.UID) error {
+			err := t.deps.Volumes.Teardown(ctx, uid)
+			if err == nil {
+				t.userns.release(uid)
+			}
+			return err
+		})
 	}
 	if groups, err := t.deps.Cgroups.List(); err == nil {
 		t.sweepUIDs(groups, "cgroup", func(uid types.UID) error { return t.deps.Cgroups.Remove(ctx, uid) })

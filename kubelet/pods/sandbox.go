@@ -39,6 +39,9 @@ func (w *worker) sandboxConfig(l *life, pod *v1.Pod, attempt uint32, warn func(r
 	if err != nil {
 		return nil, err
 	}
+	if cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions, err = w.t.userns.get(pod); err != nil {
+		return nil, err
+	}
 	a := make(map[string]string, len(cfg.Annotations)+1)
 	for k, v := range cfg.Annotations {
 		a[k] = v

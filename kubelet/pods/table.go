@@ -27,6 +27,7 @@ type Table struct {
 	log    *slog.Logger
 
 	records *records
+	userns  *userns
 	probes  *probes.Scheduler
 	limits  limits
 	// ctx of everything that is under way; set by Run before any worker runs.
@@ -80,6 +81,7 @@ func New(cfg Config, deps Deps) *Table {
 		cfg: cfg, deps: deps, log: cfg.Log,
 		policy:  Policy{Backoff: cfg.Backoff, MinGrace: 2 * time.Second},
 		records: newRecords(cfg.RecordDir, cfg.Log),
+		userns:  &userns{podDir: cfg.Node.PodDir, used: map[uint64]types.UID{}},
 		limits:  limits{starts: newGate(cfg.ParallelStarts), pulls: make(chan struct{}, cfg.ParallelPulls)},
 		sources: sources{synced: map[string]bool{}},
 		index: index{
@@ -104,6 +106,11 @@ func New(cfg Config, deps Deps) *Table {
 // pods are left running then.
 func (t *Table) Run(ctx context.Context) error {
 	t.ctx = ctx
+	ids, err := hostUserIDs(t.cfg.UserIDsPerPod)
+	if err != nil {
+		return err
+	}
+	t.userns.ids = ids
 	for _, dir := range []string{t.cfg.Node.PodLogsDir, filepath.Join(filepath.Dir(t.cfg.Node.PodLogsDir), "containers")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make the log directory (--pod-logs-dir): %w", err)

@@ -37,6 +37,7 @@ func (w *worker) teardownVolumes(l *life) {
 			w.log.Warn("volumes are not torn down", "uid", pod.UID, "error", err)
 			return nil, err
 		}
+		w.t.userns.release(pod.UID)
 		return func() { l.o.Volumes = StepAbsent }, nil
 	})
 }

@@ -16,9 +16,6 @@ import (
 // Sandbox returns the configuration of the pod's sandbox; warn receives what
 // had to be left out, as an event's reason and message.
 func (n *Node) Sandbox(pod *v1.Pod, attempt uint32, cgroupParent string, warn func(reason, message string)) (*runtimeapi.PodSandboxConfig, error) {
-	if pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers {
-		return nil, fmt.Errorf("pod %s: hostUsers: false is not supported yet: %w", Desc(pod), errdefs.ErrNotImplemented)
-	}
 	if rc := pod.Spec.RuntimeClassName; rc != nil && *rc != "" {
 		return nil, fmt.Errorf("pod %s: runtimeClassName %q: RuntimeClass %q not found: %w", Desc(pod), *rc, *rc, errdefs.ErrNotFound)
 	}

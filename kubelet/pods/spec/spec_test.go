@@ -363,10 +363,6 @@ func TestSandboxConfig(t *testing.T) {
 	if ns.Pid != runtimeapi.NamespaceMode_NODE || ns.Network != runtimeapi.NamespaceMode_NODE || ns.Ipc != runtimeapi.NamespaceMode_NODE || host.Hostname != "" {
 		t.Errorf("host namespaces %+v, hostname %q", ns, host.Hostname)
 	}
-	no := false
-	if _, err := n.Sandbox(pod(func(p *v1.Pod) { p.Spec.HostUsers = &no }), 0, "", func(string, string) {}); !errdefs.IsNotImplemented(err) {
-		t.Errorf("hostUsers: false: %v", err)
-	}
 }
 
 func TestNames(t *testing.T) {
