@@ -306,7 +306,7 @@ func (l layout) kill(group string) {
 		if writeFile(dir, "cgroup.freeze", "1") == nil {
 			defer func() { _ = writeFile(dir, "cgroup.freeze", "0") }()
 		}
-		killTree(dir)
+		killTree(dir, group)
 		return
 	}
 	if f := l.of("freezer"); f != "" {
@@ -324,11 +324,13 @@ func (l layout) kill(group string) {
 		}
 	}
 	for _, h := range l.hierarchies {
-		killTree(h.dir + group)
+		killTree(h.dir+group, group)
 	}
 }
 
-func killTree(dir string) {
+// killTree kills the processes of the cgroup dir, which is group below its
+// hierarchy's root, and of those below.
+func killTree(dir, group string) {
 	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || !d.IsDir() {
 			return nil
@@ -340,11 +342,36 @@ func killTree(dir string) {
 		for _, s := range strings.Fields(string(data)) {
 			// 0 is a process of another PID namespace: kill(0) would be us.
 			if pid, err := strconv.Atoi(s); err == nil && pid > 1 {
-				_ = unix.Kill(pid, unix.SIGKILL)
+				killMember(pid, group)
 			}
 		}
 		return nil
 	})
+}
+
+// killMember kills a process if it belongs to the group itself. On v1
+// cgroup.procs lists a process already when one of its threads is in the group,
+// as podd-shim's is for the moment in which it starts a pod's first process.
+// The pidfd comes first: the number may be another process' by now.
+func killMember(pid int, group string) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // gone
+	}
+	defer unix.Close(fd)
+	own, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)) // of the main thread
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(own)) {
+		// hierarchy-ID:controllers:path, see cgroups(7). The path may be told from
+		// a root above the mount's.
+		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(f) == 3 && strings.Contains(f[2]+"/", group+"/") {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+			return
+		}
+	}
 }
 
 // rmTree removes a group and all below it, deepest first.

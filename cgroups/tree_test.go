@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -297,6 +298,45 @@ func TestRemoveKills(t *testing.T) {
 				t.Fatal("the process survived")
 			}
 		})
+	}
+}
+
+// TestRemoveSparesVisitingThreads: podd-shim starts a pod's first process from a
+// thread that has joined the pod's group alone. Should the group be removed in
+// that moment, the shim must not be killed with what is in it.
+func TestRemoveSparesVisitingThreads(t *testing.T) {
+	l := layouts(t)["host"]
+	if l.unified {
+		t.Skip("on cgroup v2 no thread joins a group alone")
+	}
+	tree := testTree(t, l)
+	const uid = types.UID("visited")
+	if err := tree.Ensure(t.Context(), uid, v1.PodQOSBurstable, nil); err != nil {
+		t.Fatal(err)
+	}
+	entered, leave, left := make(chan error), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(left)
+		runtime.LockOSThread() // the thread ends with this goroutine
+		var err error
+		for _, h := range l.hierarchies {
+			if h.dir == l.of("freezer") {
+				continue // killed while frozen, this test would not even end
+			}
+			err = errors.Join(err, os.WriteFile(h.dir+tree.Path(uid, v1.PodQOSBurstable)+"/tasks", []byte("0"), 0))
+		}
+		entered <- err
+		<-leave
+	}()
+	if err := <-entered; err != nil {
+		close(leave)
+		t.Skipf("a thread cannot join the group: %v", err)
+	}
+	l.kill(tree.Path(uid, v1.PodQOSBurstable)) // ends this test where it kills too much
+	close(leave)
+	<-left
+	if err := tree.Remove(t.Context(), uid); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -107,7 +107,12 @@ func (c *Client) answers(ctx context.Context) bool {
 }
 
 // spawn starts the program; the channel tells its end, and it is reaped then.
+// What the one before said last, such as the trace of a crash, stays in the
+// file beside.
 func spawn(runDir, binary string) (<-chan error, error) {
+	if st, err := os.Stat(startLog(runDir)); err == nil && st.Size() > 0 {
+		_ = os.Rename(startLog(runDir), startLog(runDir)+".last")
+	}
 	out, err := os.OpenFile(startLog(runDir), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, err
