@@ -132,6 +132,53 @@ func ResourceConfigForPod(pod *v1.Pod, o PodOptions) *specs.LinuxResources {
 	return r
 }
 
+// Widest gives as much of each of CPU and memory as either of two limits does,
+// and of all else what a does: what a group needs while its containers change
+// from one to the other.
+func Widest(a, b *specs.LinuxResources) *specs.LinuxResources {
+	out := *a
+	cpu := specs.LinuxCPU{}
+	if a.CPU != nil {
+		cpu = *a.CPU
+	}
+	if b.CPU != nil {
+		if s := b.CPU.Shares; s != nil && (cpu.Shares == nil || *cpu.Shares < *s) {
+			cpu.Shares = s
+		}
+		if cpu.Quota != nil && (b.CPU.Quota == nil || *b.CPU.Quota <= 0 || *cpu.Quota > 0 && *b.CPU.Quota > *cpu.Quota) {
+			cpu.Quota, cpu.Period = b.CPU.Quota, b.CPU.Period
+		}
+	}
+	out.CPU = &cpu
+	switch {
+	case a.Memory == nil || b.Memory == nil || b.Memory.Limit == nil:
+		out.Memory = nil
+	case a.Memory.Limit != nil && *a.Memory.Limit < *b.Memory.Limit:
+		out.Memory = b.Memory
+	}
+	return &out
+}
+
+// ForCRI is what the CRI says of a group's limits.
+func ForCRI(r *specs.LinuxResources) *runtimeapi.LinuxContainerResources {
+	out := &runtimeapi.LinuxContainerResources{}
+	if r.CPU != nil {
+		if r.CPU.Shares != nil {
+			out.CpuShares = int64(*r.CPU.Shares)
+		}
+		if r.CPU.Quota != nil {
+			out.CpuQuota = *r.CPU.Quota
+		}
+		if r.CPU.Period != nil {
+			out.CpuPeriod = int64(*r.CPU.Period)
+		}
+	}
+	if r.Memory != nil && r.Memory.Limit != nil {
+		out.MemoryLimitInBytes = *r.Memory.Limit
+	}
+	return out
+}
+
 // podHugepages limits every page size of this kernel: to what is requested, or
 // to nothing.
 func podHugepages(reqs v1.ResourceList) []specs.LinuxHugepageLimit {

@@ -143,3 +143,58 @@ func statusOfPod(n *node.Node, name string) v1.ContainerStatus {
 	}
 	return status(p)
 }
+
+// TestResizeInPlace: a manifest with a UID of its own changes the pod that runs.
+func TestResizeInPlace(t *testing.T) {
+	n := start(t)
+	manifest := func(cpu, memory string) string {
+		return strings.NewReplacer("CPU", cpu, "MEM", memory).Replace(`
+apiVersion: v1
+kind: Pod
+metadata: {name: sized, uid: sized-1}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: podd.test/busybox:1
+    command: [sleep, "1000"]
+    resources: {limits: {cpu: CPU, memory: MEM}}
+  - name: other
+    image: podd.test/busybox:1
+    command: [sleep, "1000"]
+    resources: {limits: {cpu: 100m, memory: 32Mi}}
+    resizePolicy: [{resourceName: memory, restartPolicy: RestartContainer}]
+`)
+	}
+	n.Write("sized.yaml", manifest("200m", "64Mi"))
+	n.WaitRunning("sized")
+	inside := func(want string) func(*v1.Pod) bool {
+		return func(*v1.Pod) bool {
+			out, _, err := n.Podd("exec", node.PodName("sized"), "-c", "main", "--", "sh", "-c",
+				"cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null || cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max")
+			return err == nil && strings.HasPrefix(out, want)
+		}
+	}
+	n.WaitPod("sized", "as it was made", 20*second, inside("67108864\n20000"))
+	for _, to := range []struct{ cpu, memory, want string }{
+		{"400m", "96Mi", "100663296\n40000"}, {"100m", "32Mi", "33554432\n10000"},
+	} {
+		n.Write("sized.yaml", manifest(to.cpu, to.memory))
+		n.WaitPod("sized", "resized to "+to.memory, 20*second, inside(to.want))
+		n.WaitPod("sized", "said to be resized", 20*second, func(p *v1.Pod) bool {
+			s := statusOf(p, "main")
+			_, c := podutil.GetPodCondition(&p.Status, v1.PodResizeInProgress)
+			return c == nil && s.Resources.Limits.Memory().String() == to.memory && s.RestartCount == 0
+		})
+	}
+	n.Write("sized.yaml", strings.Replace(manifest("100m", "32Mi"), "cpu: 100m, memory: 32Mi}}\n    resizePolicy", "cpu: 100m, memory: 48Mi}}\n    resizePolicy", 1))
+	n.WaitPod("sized", "restarted with more memory", 30*second, func(p *v1.Pod) bool {
+		s := statusOf(p, "other")
+		return s.RestartCount == 1 && s.State.Running != nil && s.Resources.Limits.Memory().String() == "48Mi" && statusOf(p, "main").RestartCount == 0
+	})
+	n.Write("sized.yaml", manifest("1000", "32Mi"))
+	n.WaitPod("sized", "refused", 20*second, func(p *v1.Pod) bool {
+		_, c := podutil.GetPodCondition(&p.Status, v1.PodResizePending)
+		return c != nil && c.Reason == v1.PodReasonInfeasible && statusOf(p, "main").Resources.Limits.Cpu().String() == "100m"
+	})
+}

@@ -12,10 +12,14 @@ import (
 
 // ensureCgroup makes the pod's group, or gives it new limits.
 func (w *worker) ensureCgroup(l *life) {
-	pod := l.d.Pod
+	pod, was := l.d.Pod, l.podActual
 	l.o.Cgroup = StepUnknown
 	w.async(l, Action{Kind: EnsureCgroup}, w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
-		err := w.t.deps.Cgroups.Ensure(ctx, pod.UID, qos.GetPodQOS(pod), cgroups.ResourceConfigForPod(pod, w.t.cfg.Node.Resources))
+		limits := cgroups.ResourceConfigForPod(pod, w.t.cfg.Node.Resources)
+		if was != nil { // a resize is on its way, which narrows it at its end
+			limits = cgroups.Widest(limits, cgroups.ResourceConfigForPod(was, w.t.cfg.Node.Resources))
+		}
+		err := w.t.deps.Cgroups.Ensure(ctx, pod.UID, qos.GetPodQOS(pod), limits)
 		if err != nil {
 			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedCreatePodContainer", "unable to ensure pod container exists: %v", err)
 			return nil, fmt.Errorf("make the cgroup of pod %s: %w", pod.Name, err)

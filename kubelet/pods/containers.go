@@ -238,6 +238,7 @@ func (s *launch) start(ctx context.Context, id string) error {
 	s.w.post(func() {
 		l.epoch++
 		l.applied[c.Name] = c
+		l.o.Actual[c.Name] = c.Resources
 		delete(l.o.Changed, c.Name)
 		if have := l.container(id); have != nil && have.State == status.Exited {
 			return // its exit was seen before its start

@@ -2,9 +2,11 @@ package pods
 
 import (
 	"encoding/json"
+	"maps"
 	"reflect"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 )
 
 const (
@@ -30,6 +32,10 @@ func sameRevision(a, b *v1.Pod) bool {
 // instance.
 func containerView(c *v1.Container) *v1.Container {
 	v := *c
+	v.Resources = *v.Resources.DeepCopy()
+	for _, list := range []v1.ResourceList{v.Resources.Limits, v.Resources.Requests} {
+		maps.DeleteFunc(list, func(name v1.ResourceName, _ resource.Quantity) bool { return resizable(name) })
+	}
 	v.LivenessProbe, v.ReadinessProbe, v.StartupProbe = nil, nil, nil
 	v.ImagePullPolicy, v.TerminationMessagePolicy = "", ""
 	v.ResizePolicy, v.RestartPolicy, v.RestartPolicyRules = nil, nil, nil

@@ -41,6 +41,10 @@ type fakeRuntime struct {
 	// onTerm is how long a container takes to end after SIGTERM.
 	onTerm func(c *runtimeapi.ContainerConfig) time.Duration
 	stops  []string
+	// updates of resources in order, of pods' groups too; memory is what every
+	// container says it uses.
+	updates []string
+	memory  uint64
 }
 
 type fakeSandbox struct {
@@ -358,6 +362,38 @@ func (f *fakeRuntime) ListContainers(ctx context.Context, r *runtimeapi.ListCont
 	return resp, nil
 }
 
+func (f *fakeRuntime) ContainerStats(ctx context.Context, r *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
+	if err := f.enter(ctx, "ContainerStats", r.ContainerId); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &runtimeapi.ContainerStatsResponse{Stats: &runtimeapi.ContainerStats{
+		Memory: &runtimeapi.MemoryUsage{UsageBytes: &runtimeapi.UInt64Value{Value: f.memory}},
+	}}, nil
+}
+
+// UpdateContainerResources notes what a running container has and whether its
+// pod's group would hold it.
+func (f *fakeRuntime) UpdateContainerResources(ctx context.Context, r *runtimeapi.UpdateContainerResourcesRequest) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+	if err := f.enter(ctx, "UpdateContainerResources", r.ContainerId); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := f.containers[r.ContainerId]
+	if c == nil || c.state != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return nil, fmt.Errorf("container %s: %w", r.ContainerId, errdefs.ErrFailedPrecondition)
+	}
+	c.cfg.Linux.Resources = r.Linux
+	f.updates = append(f.updates, fmt.Sprintf("%s cpu=%d memory=%d", c.cfg.Metadata.Name, r.Linux.CpuQuota, r.Linux.MemoryLimitInBytes))
+	return &runtimeapi.UpdateContainerResourcesResponse{}, nil
+}
+
+func (f *fakeRuntime) UpdatePodSandboxResources(ctx context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, f.enter(ctx, "UpdatePodSandboxResources", r.PodSandboxId)
+}
+
 func (f *fakeRuntime) ContainerStatus(ctx context.Context, r *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
 	if err := f.enter(ctx, "ContainerStatus", r.ContainerId); err != nil {
 		return nil, err
@@ -501,13 +537,23 @@ type fakeCgroups struct {
 
 func (g *fakeCgroups) Parent(uid types.UID, qos v1.PodQOSClass) string { return "/pods/" + string(uid) }
 
-func (g *fakeCgroups) Ensure(ctx context.Context, uid types.UID, _ v1.PodQOSClass, _ *specs.LinuxResources) error {
+func (g *fakeCgroups) Ensure(ctx context.Context, uid types.UID, _ v1.PodQOSClass, r *specs.LinuxResources) error {
 	if err := g.rt.enter(ctx, "EnsureCgroup", string(uid)); err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.set[uid] = true
+	u := "pod"
+	if r.CPU != nil && r.CPU.Quota != nil {
+		u += fmt.Sprintf(" cpu=%d", *r.CPU.Quota)
+	}
+	if r.Memory != nil && r.Memory.Limit != nil {
+		u += fmt.Sprintf(" memory=%d", *r.Memory.Limit)
+	}
+	g.rt.mu.Lock()
+	g.rt.updates = append(g.rt.updates, u)
+	g.rt.mu.Unlock()
 	return nil
 }
 

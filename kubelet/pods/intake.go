@@ -9,6 +9,8 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/status"
 	"github.com/podd-runtime/podd/probes"
@@ -21,9 +23,9 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.delete(l, source, pod)
 		return
 	}
-	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() {
-		// Another pod, or the same one after it was told to go: when all
-		// before it is gone.
+	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() || qos.ComputePodQOS(l.d.Pod) != qos.ComputePodQOS(pod) {
+		// Another pod, or the same one after it was told to go, or in another
+		// place of the cgroup tree: when all before it is gone.
 		w.next = &pending{source: source, pod: pod}
 		if l != nil && !l.leaving() {
 			w.leave(l, "")
@@ -34,10 +36,14 @@ func (w *worker) set(source string, pod *v1.Pod) {
 	l.source = source
 	l.d.Held = false
 	if l.unseen {
-		l.told = &pending{source: source, pod: pod}
+		l.heard = &pending{source: source, pod: pod}
 		return
 	}
 	was := l.d.Pod
+	// Its resources are what it has been allocated, until the node has agreed
+	// to others.
+	l.asked = pod
+	pod = withResources(pod, was)
 	if sameRevision(was, pod) || !differ(&was.Spec, &pod.Spec, l.lenient) {
 		l.d.Pod = pod
 		if l.lenient {
@@ -50,6 +56,7 @@ func (w *worker) set(source string, pod *v1.Pod) {
 	if !maps.Equal(was.Labels, pod.Labels) || !maps.Equal(was.Annotations, pod.Annotations) {
 		w.refreshVolumes(l) // of the downward API
 	}
+	w.allocate(l)
 }
 
 // delete ends a pod whose source has set its deletionTimestamp, within the
@@ -57,8 +64,8 @@ func (w *worker) set(source string, pod *v1.Pod) {
 // more: nothing is started for a pod that goes.
 func (w *worker) delete(l *life, source string, pod *v1.Pod) {
 	w.next = nil
-	l.source, l.d.Pod = source, pod
-	l.d.Held, l.told = false, nil
+	l.source, l.d.Pod, l.asked = source, pod, nil
+	l.d.Held, l.heard = false, nil
 	if s := l.d.Stop; s != nil && s.Forget && !time.Now().Add(podGrace(pod)).Before(s.deadline()) {
 		return // told once more
 	}
@@ -100,7 +107,7 @@ func (w *worker) disclaim() {
 
 // leave ends a pod gracefully and for good.
 func (w *worker) leave(l *life, reason string) {
-	l.d.Held, l.told = false, nil
+	l.d.Held, l.heard = false, nil
 	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Forget: true, Reason: reason})
 }
 
@@ -134,6 +141,7 @@ func (w *worker) forget(l *life) {
 		w.t.gone(w, have)
 	}
 	w.t.release(pod.UID)
+	w.t.freed()
 	w.log.Info("pod is gone", "uid", pod.UID)
 }
 
@@ -162,6 +170,9 @@ func (w *worker) change(l *life, pod *v1.Pod) {
 	l.d.Pod = pod
 	w.compare(l, old, l.lenient)
 	if l.d.Stop != nil || l.o.Completed {
+		if fromAPI(pod) && l.o.Completed {
+			return // it has run to its end, for whoever counts on it
+		}
 		w.revive(l)
 	}
 	l.o.Cgroup = unsure(l.o.Cgroup)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/status"
@@ -33,6 +34,7 @@ type life struct {
 	epoch int
 
 	made
+	resizing
 	tries
 	recovered
 	shown
@@ -44,6 +46,9 @@ type made struct {
 	applied map[string]*v1.Container
 	// sandboxPod is the pod as it was when its sandbox was made.
 	sandboxPod *v1.Pod
+	// podActual is the pod with the resources that its group was made of; nil:
+	// with those it has been allocated.
+	podActual *v1.Pod
 }
 
 // tries is what failed and is tried again.
@@ -57,10 +62,10 @@ type tries struct {
 
 // recovered is what only a pod of the last run has.
 type recovered struct {
-	// unseen: the runtime has not been asked yet. told is what a source says
+	// unseen: the runtime has not been asked yet. heard is what a source says
 	// of it meanwhile.
 	unseen bool
-	told   *pending
+	heard  *pending
 	// lenient: the record is of another build, whose defaults may differ.
 	lenient  bool
 	restored map[string]probes.State // by container id, until probed
@@ -82,7 +87,7 @@ func newLife(source string, pod *v1.Pod) *life {
 		o: Observed{
 			Started: time.Now(), Completed: status.Over(pod.Status.Phase), Images: map[string]ImageState{}, Verdicts: map[string]Verdict{},
 			Kills: map[string]Kill{}, Backoffs: map[string]Backoff{}, Changed: map[string]bool{},
-			Ended: map[string]time.Time{}, Forced: map[string]string{}, Busy: map[string]time.Time{}, Retry: map[string]time.Time{},
+			Ended: map[string]time.Time{}, Actual: map[string]v1.ResourceRequirements{}, Forced: map[string]string{}, Busy: map[string]time.Time{}, Retry: map[string]time.Time{},
 		},
 		ops: map[string]*op{}, probed: map[string]bool{},
 		made: made{applied: map[string]*v1.Container{}},
@@ -161,6 +166,16 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
 		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed,
 		Troubles: l.troubles,
+		Actual:   l.o.Actual, ResizePending: l.pending, ResizeInProgress: l.progress,
+	}
+	p := planner{d: &l.d, o: &l.o}
+	for c := range podutil.ContainerIter(&l.d.Pod.Spec, podutil.InitContainers|podutil.Containers) {
+		if n := l.o.newest(c.Name); n != nil && n.State == status.Exited && !o.Terminal && p.wanted(c, n) {
+			if o.Returning == nil {
+				o.Returning = map[string]bool{}
+			}
+			o.Returning[c.Name] = true
+		}
 	}
 	if s := l.o.current(); s != nil {
 		o.SandboxReady, o.PodIPs = true, s.IPs

@@ -101,6 +101,12 @@ type Observed struct {
 	Changed map[string]bool
 	// Forced: the instance id of a container that a user wants replaced.
 	Forced map[string]string
+	// Resize is how far the pod's group and running containers are from the
+	// resources that the pod was allocated last; StepAbsent: they have them.
+	Resize Step
+	// Actual are the resources of each container's newest instance, where
+	// known.
+	Actual map[string]v1.ResourceRequirements
 	// SandboxChanged: the sandbox was made for another pod spec.
 	SandboxChanged bool
 

@@ -35,6 +35,8 @@ const (
 	RemoveCgroup
 	// Cancel what is under way with Key.
 	Cancel
+	// Resize gives the pod's group and its containers their resources.
+	Resize
 	// Complete: all that the pod had to do is done.
 	Complete
 	// Expire: the pod is past its activeDeadlineSeconds.
@@ -70,6 +72,8 @@ func (a Action) key() string {
 		return "teardown"
 	case RunSandbox:
 		return "sandbox"
+	case Resize:
+		return "resize"
 	case EnsureImage:
 		return "image/" + a.Container
 	case Start:

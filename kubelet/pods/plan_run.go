@@ -38,6 +38,7 @@ func (p *planner) run() {
 		return
 	}
 	p.prepare()
+	p.resize()
 	p.ephemeral()
 	if p.initialize(sandbox) {
 		p.regular()
@@ -139,6 +140,9 @@ func (p *planner) spent() bool {
 // wanted says whether a container that does not run should be started.
 func (p *planner) wanted(c *v1.Container, n *status.Container) bool {
 	if n == nil || n.State == status.Created || p.o.Forced[c.Name] == n.ID || p.o.Changed[c.Name] {
+		return true
+	}
+	if _, killed := p.o.Kills[n.ID]; killed && p.restartsForResize(c) {
 		return true
 	}
 	code := n.ExitCode
@@ -335,7 +339,7 @@ func (p *planner) running(c *v1.Container, n *status.Container) {
 		return
 	}
 	message = fmt.Sprintf("Container %s %s", c.Name, message)
-	if p.o.Changed[c.Name] || p.o.Forced[c.Name] == n.ID || p.restartable(c) {
+	if p.o.Changed[c.Name] || p.restartsForResize(c) || p.o.Forced[c.Name] == n.ID || p.restartable(c) {
 		message += ", will be restarted"
 	}
 	p.kill(n, c, grace, message, true)
@@ -350,6 +354,8 @@ func (p *planner) unfit(c *v1.Container, n *status.Container) (message string, g
 		return "was asked to restart", grace, true
 	case p.o.Changed[c.Name]:
 		return "definition changed", grace, true
+	case p.restartsForResize(c):
+		return "resize requires restart", grace, true
 	case v.Liveness:
 		return "failed liveness probe", probeGrace(c.LivenessProbe, grace), true
 	case v.Startup:

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/podd-runtime/podd/kubelet/status"
 )
@@ -61,7 +62,7 @@ func kinds() map[Kind]string {
 		Observe: "observe", EnsureCgroup: "cgroup", SetupVolumes: "volumes", RunSandbox: "sandbox", EnsureImage: "image",
 		Start: "start", PostStart: "post", Order: "order", Hook: "hook", StopContainer: "stop", RemoveContainer: "remove",
 		StopSandbox: "stopsandbox", RemoveSandbox: "removesandbox", Teardown: "teardown", RemoveCgroup: "rmcgroup",
-		Cancel: "cancel", Complete: "complete", Expire: "expire", Forget: "forget",
+		Resize: "resize", Cancel: "cancel", Complete: "complete", Expire: "expire", Forget: "forget",
 	}
 }
 
@@ -301,6 +302,40 @@ func TestPlanPostStartHoldsUpTheNext(t *testing.T) {
 	} {
 		t.Run(tc.name, tc.run)
 	}
+}
+
+func TestPlanResize(t *testing.T) {
+	was := map[string]v1.ResourceRequirements{"a": sizes("1", "64Mi"), "b": sizes("1", "64Mi")}
+	wants := func(policy v1.ResourceResizeRestartPolicy, memory string) func(*v1.Pod) {
+		return func(p *v1.Pod) {
+			two(p)
+			p.Spec.Containers[0].Resources, p.Spec.Containers[1].Resources = sizes("1", memory), sizes("1", "64Mi")
+			p.Spec.Containers[0].ResizePolicy = []v1.ContainerResizePolicy{{ResourceName: v1.ResourceMemory, RestartPolicy: policy}}
+		}
+	}
+	in := func(s Step) func(*Observed) { return func(o *Observed) { o.Resize, o.Actual = s, was } }
+	both := func() *view { return up().with(running("a"), running("b")) }
+	kill := func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second}} }
+	for _, tc := range []planCase{
+		{name: "none", mods: mods(wants(v1.NotRequired, "128Mi")), o: both().set(in(StepAbsent)), want: ""},
+		{name: "the pod's group and what need not restart", mods: mods(wants(v1.NotRequired, "128Mi")), o: both().set(in(StepUnknown)), want: "resize"},
+		{name: "what must restart waits for the group", mods: mods(wants(v1.RestartContainer, "128Mi")), o: both().set(in(StepUnknown)), want: "resize"},
+		{name: "then it ends", mods: mods(wants(v1.RestartContainer, "128Mi")), o: both().set(in(StepDone)), want: "order a0 5s"},
+		{name: "and comes back, even with Never", mods: mods(never, wants(v1.RestartContainer, "128Mi")), o: up().with(exited("a", 0), running("b")).set(in(StepDone)).set(kill), want: "start a"},
+		{name: "one that had ended before does not", mods: mods(never, wants(v1.RestartContainer, "128Mi")), o: up().with(exited("a", 0), running("b")).set(in(StepDone)), want: "resize"},
+		{name: "the group is narrowed last", mods: mods(wants(v1.RestartContainer, "64Mi")), o: both().set(in(StepDone)), want: "resize"},
+		{name: "policy of another resource", mods: mods(wants(v1.RestartContainer, "64Mi"), func(p *v1.Pod) { p.Spec.Containers[0].Resources = sizes("2", "64Mi") }), o: both().set(in(StepUnknown)), want: "resize"},
+		{name: "what failed waits", mods: mods(wants(v1.NotRequired, "128Mi")), o: both().set(in(StepUnknown)).set(func(o *Observed) {
+			o.Retry = map[string]time.Time{"resize": t0.Add(time.Second)}
+		}), want: " | wake 1s"},
+	} {
+		t.Run(tc.name, tc.run)
+	}
+}
+
+func sizes(cpu, memory string) v1.ResourceRequirements {
+	l := v1.ResourceList{v1.ResourceCPU: resource.MustParse(cpu), v1.ResourceMemory: resource.MustParse(memory)}
+	return v1.ResourceRequirements{Limits: l, Requests: l}
 }
 
 func TestPlanRestart(t *testing.T) {

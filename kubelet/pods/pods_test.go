@@ -11,6 +11,7 @@ import (
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -48,7 +49,8 @@ func (n *node) start() {
 		log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 	}
 	n.table = New(Config{
-		Node:      spec.Node{Name: "n1", RootDir: n.dir, PodLogsDir: filepath.Join(n.dir, "log/pods"), HostIPs: []string{"192.0.2.1"}},
+		Node: spec.Node{Name: "n1", RootDir: n.dir, PodLogsDir: filepath.Join(n.dir, "log/pods"), HostIPs: []string{"192.0.2.1"},
+			Allocatable: v1.ResourceList{v1.ResourceCPU: resource.MustParse("4"), v1.ResourceMemory: resource.MustParse("8Gi")}},
 		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log,
 	}, Deps{Runtime: n.rt, Images: n.rt, Volumes: n.vols, Objects: n.objects, Cgroups: n.groups, Events: n.events})
 	done := make(chan error, 1)

@@ -25,12 +25,20 @@ func (w *worker) publish(l *life) {
 		w.log.Info("pod phase changed", "phase", st.Phase, "reason", st.Reason)
 	}
 	have := w.published.Load()
-	if have != nil && have.UID == l.d.Pod.UID && l.spec == l.d.Pod && l.ended == l.end() && reflect.DeepEqual(st, l.status) {
+	if have != nil && have.UID == l.d.Pod.UID && l.spec == l.told() && l.ended == l.end() && reflect.DeepEqual(st, l.status) {
 		return
 	}
-	l.status, l.spec, l.ended = st, l.d.Pod, l.end()
+	l.status, l.spec, l.ended = st, l.told(), l.end()
 	w.show(l, have)
 	w.t.records.save(l.d.Pod.UID, l.record(w.t.cfg.Build))
+}
+
+// told is the pod as its source has told it.
+func (l *life) told() *v1.Pod {
+	if l.asked != nil {
+		return l.asked
+	}
+	return l.d.Pod
 }
 
 // end is what else of a life is in its record and changes rarely.
@@ -49,7 +57,8 @@ type ending struct {
 
 // show the pod to readers and watchers.
 func (w *worker) show(l *life, have *v1.Pod) {
-	pod := &v1.Pod{TypeMeta: l.d.Pod.TypeMeta, ObjectMeta: l.d.Pod.ObjectMeta, Spec: l.d.Pod.Spec, Status: l.status}
+	told := l.told()
+	pod := &v1.Pod{TypeMeta: told.TypeMeta, ObjectMeta: told.ObjectMeta, Spec: told.Spec, Status: l.status}
 	pod.Kind, pod.APIVersion = "Pod", "v1"
 	if pod.CreationTimestamp.IsZero() {
 		pod.CreationTimestamp = metav1.NewTime(l.o.Started.Truncate(time.Second))
@@ -76,6 +85,9 @@ func (l *life) record(build string) *record {
 		Version: recordVersion, Build: build, Source: l.source, Pod: l.d.Pod, Status: l.status, Started: l.o.Started,
 		Completed: l.o.Completed, Stopped: l.stopped, Stop: l.d.Stop,
 		Attempts: maps.Clone(l.attempts), Backoffs: maps.Clone(l.o.Backoffs), Ended: maps.Clone(l.o.Ended),
+	}
+	if l.o.Resize != StepAbsent {
+		r.Actual, r.PodActual = maps.Clone(l.o.Actual), l.podActual
 	}
 	if l.sandboxPod != nil && l.sandboxPod != l.d.Pod {
 		r.SandboxPod = l.sandboxPod

@@ -46,7 +46,11 @@ type record struct {
 	Attempts   map[string]int32         `json:"attempts,omitempty"`
 	Backoffs   map[string]Backoff       `json:"backoffs,omitempty"`
 	Ended      map[string]time.Time     `json:"ended,omitempty"`
-	Probes     map[string]probes.State  `json:"probes,omitempty"` // by container id
+	// Actual are the resources of containers that have not got those of Pod
+	// yet; PodActual is the pod whose resources its group has.
+	Actual    map[string]v1.ResourceRequirements `json:"actual,omitempty"`
+	PodActual *v1.Pod                            `json:"podActual,omitempty"`
+	Probes    map[string]probes.State            `json:"probes,omitempty"` // by container id
 }
 
 // records writes records behind: the worker hands over a value, a writer puts

@@ -17,7 +17,10 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // recover finds the pods of the last run: what the runtime has of them, and
@@ -137,6 +140,13 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	maps.Copy(l.restored, r.Probes)
 	maps.Copy(l.applied, r.Applied)
 	l.sandboxPod = r.SandboxPod
+	if r.PodActual != nil || len(r.Actual) > 0 {
+		l.o.Resize, l.podActual = StepUnknown, r.PodActual
+		maps.Copy(l.o.Actual, r.Actual)
+		if _, c := podutil.GetPodCondition(&r.Status, v1.PodResizeInProgress); c != nil {
+			l.progress = &status.Resize{Reason: c.Reason, Message: c.Message, Generation: c.ObservedGeneration}
+		}
+	}
 	w.lives = append(w.lives, l)
 }
 
@@ -146,9 +156,9 @@ func (w *worker) meet(l *life) {
 	if len(l.applied) > 0 || l.sandboxPod != nil {
 		w.compare(l, l.d.Pod, l.lenient)
 	}
-	if told := l.told; told != nil {
-		l.told = nil
-		w.set(told.source, told.pod)
+	if heard := l.heard; heard != nil {
+		l.heard = nil
+		w.set(heard.source, heard.pod)
 	}
 }
 

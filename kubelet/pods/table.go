@@ -184,8 +184,9 @@ func (t *Table) tell(f func()) {
 //     before goes gracefully, the new one begins when nothing of it is left.
 //   - The same UID with another spec changes the pod in place: containers whose
 //     image (or for a pod of a file: anything else) differs are replaced,
-//     ephemeral containers are started, resources are resized (KEP-1287, pods
-//     of an apiserver only), activeDeadlineSeconds counts from the old start.
+//     ephemeral containers are started, CPU and memory are resized (KEP-1287),
+//     activeDeadlineSeconds counts from the old start. A change of QoS class,
+//     which only a file can make, replaces the pod.
 //     Two versions of one non-zero metadata.generation have the same spec.
 //   - Labels and annotations reach downward API volumes; conditions that are not
 //     the node's (readiness gates) are taken from pod.Status.

@@ -190,6 +190,8 @@ func (w *worker) do(l *life, a Action) bool {
 		return true
 	case Cancel:
 		w.cancel(l, a.Key)
+	case Resize:
+		w.runResize(l)
 	case Complete:
 		l.o.Completed = true
 		w.log.Info("pod completed", "uid", l.d.Pod.UID)

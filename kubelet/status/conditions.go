@@ -48,9 +48,12 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 		}
 		own = append(own, c)
 	}
+	own = append(own, resizes(o)...)
 	for i := range own {
 		c := &own[i]
-		c.ObservedGeneration = pod.Generation
+		if c.ObservedGeneration == 0 {
+			c.ObservedGeneration = pod.Generation
+		}
 		c.LastTransitionTime = metav1.NewTime(now.Truncate(time.Second))
 		if _, was := podutil.GetPodConditionFromList(old, c.Type); was != nil && was.Status == c.Status {
 			c.LastTransitionTime = was.LastTransitionTime
@@ -64,11 +67,21 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 		old = append(others, old...)
 	}
 	for _, c := range old {
-		if _, mine := podutil.GetPodConditionFromList(own, c.Type); mine == nil {
+		if _, mine := podutil.GetPodConditionFromList(own, c.Type); mine == nil && !Owned(c.Type) {
 			own = append(own, c)
 		}
 	}
 	return own
+}
+
+func resizes(o *Observed) (out []v1.PodCondition) {
+	if r := o.ResizePending; r != nil {
+		out = append(out, v1.PodCondition{Type: v1.PodResizePending, Status: v1.ConditionTrue, Reason: r.Reason, Message: r.Message, ObservedGeneration: r.Generation})
+	}
+	if r := o.ResizeInProgress; r != nil {
+		out = append(out, v1.PodCondition{Type: v1.PodResizeInProgress, Status: v1.ConditionTrue, Reason: r.Reason, Message: r.Message, ObservedGeneration: r.Generation})
+	}
+	return out
 }
 
 // Owned says that a condition is the node agent's alone to set; DisruptionTarget

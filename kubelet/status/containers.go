@@ -70,7 +70,7 @@ func find(list []v1.ContainerStatus, name string) *v1.ContainerStatus {
 func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *v1.ContainerStatus) v1.ContainerStatus {
 	s := v1.ContainerStatus{
 		Name: c.Name, Image: c.Image, State: notYet(pod),
-		Resources: resources(c), AllocatedResources: c.Resources.Requests, VolumeMounts: volumeMounts(c),
+		Resources: resources(c, nil), AllocatedResources: c.Resources.Requests, VolumeMounts: volumeMounts(c),
 	}
 	if old != nil {
 		s.RestartCount, s.LastTerminationState = old.RestartCount, old.LastTerminationState
@@ -80,6 +80,9 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 	switch {
 	case inst != nil:
 		fill(&s, inst)
+		if inst.State == Running {
+			s.Resources = resources(c, o.Actual)
+		}
 		if prev := o.previous(c.Name); prev != nil && prev.State == Exited {
 			s.LastTerminationState = v1.ContainerState{Terminated: terminated(prev)}
 		} else if old != nil && old.State.Terminated != nil && old.ContainerID != s.ContainerID {
@@ -176,7 +179,11 @@ func anyCreated(pod *v1.Pod, o *Observed) bool {
 	return false
 }
 
-func resources(c *v1.Container) *v1.ResourceRequirements {
+// resources of a container: those that its instance has when it runs.
+func resources(c *v1.Container, actual map[string]v1.ResourceRequirements) *v1.ResourceRequirements {
+	if r, known := actual[c.Name]; known {
+		return &r
+	}
 	return &v1.ResourceRequirements{Limits: c.Resources.Limits, Requests: c.Resources.Requests}
 }
 

@@ -74,6 +74,15 @@ type Observed struct {
 	// Failed, with a reason such as DeadlineExceeded, makes the pod Failed
 	// whatever its containers did.
 	Failed *Cause
+	// Returning containers have ended and will be started again, whatever
+	// their policy says of it: their spec has changed.
+	Returning map[string]bool
+	// Actual are the resources that running containers have, where they may
+	// not be those of the pod.
+	Actual map[string]v1.ResourceRequirements
+	// ResizePending and ResizeInProgress are resizes that could not be
+	// allocated, and that are not with all containers yet; nil: none.
+	ResizePending, ResizeInProgress *Resize
 	// restarting: all containers are removed and start anew; Compute's own.
 	restarting bool
 	// Troubles are the volumes whose filesystem does not answer, in words.
@@ -85,6 +94,13 @@ type Observed struct {
 // Cause of a pod's state, in upstream's words.
 type Cause struct {
 	Reason, Message string
+}
+
+// Resize of a pod that is not over.
+type Resize struct {
+	// Reason is Deferred, Infeasible, Error or "".
+	Reason, Message string
+	Generation      int64 // of the pod that asks for it
 }
 
 // Newest instance of the container of that name; nil: none.

@@ -15,12 +15,15 @@ type tally struct {
 	unknown, running, waiting, stopped int
 	final                              int // stopped and not to be restarted
 	succeeded                          int
+
+	returning map[string]bool // see Observed
 }
 
 // phase follows https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-phase
 // with the cases of upstream's kubelet.
-func phase(pod *v1.Pod, init, regular []v1.ContainerStatus, terminal bool) v1.PodPhase {
-	t := count(&pod.Spec, init, regular)
+func phase(pod *v1.Pod, init, regular []v1.ContainerStatus, terminal bool, returning map[string]bool) v1.PodPhase {
+	t := tally{returning: returning}
+	t.count(&pod.Spec, init, regular)
 	initialized := anyStarted(regular)
 	switch {
 	case t.initFailed > 0:
@@ -44,8 +47,7 @@ func phase(pod *v1.Pod, init, regular []v1.ContainerStatus, terminal bool) v1.Po
 	return v1.PodPending
 }
 
-func count(spec *v1.PodSpec, init, regular []v1.ContainerStatus) tally {
-	var t tally
+func (t *tally) count(spec *v1.PodSpec, init, regular []v1.ContainerStatus) {
 	for i := range spec.InitContainers {
 		c := &spec.InitContainers[i]
 		s := find(init, c.Name)
@@ -58,7 +60,6 @@ func count(spec *v1.PodSpec, init, regular []v1.ContainerStatus) tally {
 	for i := range spec.Containers {
 		t.regular(spec, &spec.Containers[i], find(regular, spec.Containers[i].Name))
 	}
-	return t
 }
 
 // ended is the last end of a container, when it does not run now.
@@ -83,7 +84,7 @@ func (t *tally) init(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus) {
 		t.pendingInit++
 	case end.ExitCode == 0 && s.State.Waiting != nil:
 		t.pendingInit++ // runs again, in a new sandbox
-	case end.ExitCode != 0 && !comesBack(spec, c, end):
+	case end.ExitCode != 0 && !t.comesBack(spec, c, end):
 		t.initFailed++
 	}
 }
@@ -116,7 +117,7 @@ func (t *tally) regular(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus
 		t.running++
 	case end != nil:
 		t.stopped++
-		if !comesBack(spec, c, end) {
+		if !t.comesBack(spec, c, end) {
 			t.final++
 		}
 		if s.State.Terminated != nil && end.ExitCode == 0 {
@@ -128,8 +129,8 @@ func (t *tally) regular(spec *v1.PodSpec, c *v1.Container, s *v1.ContainerStatus
 }
 
 // comesBack says that a container that ended so will be started again.
-func comesBack(spec *v1.PodSpec, c *v1.Container, end *v1.ContainerStateTerminated) bool {
-	return end.Reason == RestartingAllContainers || podutil.ContainerShouldRestart(*c, *spec, end.ExitCode)
+func (t *tally) comesBack(spec *v1.PodSpec, c *v1.Container, end *v1.ContainerStateTerminated) bool {
+	return t.returning[c.Name] || end.Reason == RestartingAllContainers || podutil.ContainerShouldRestart(*c, *spec, end.ExitCode)
 }
 
 // anyStarted says that some regular container has run at some time.

@@ -34,7 +34,7 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 		t := metav1.NewTime(o.StartTime.Truncate(time.Second))
 		s.StartTime = &t
 	}
-	s.Phase = phase(pod, s.InitContainerStatuses, s.ContainerStatuses, o.Terminal)
+	s.Phase = phase(pod, s.InitContainerStatuses, s.ContainerStatuses, o.Terminal, o.Returning)
 	switch {
 	case Over(old.Phase):
 		// A pod never leaves its terminal phase.

@@ -47,23 +47,7 @@ func (n *Node) Sandbox(pod *v1.Pod, attempt uint32, cgroupParent string, warn fu
 
 // sandboxResources tell runtimes that size a sandbox what the pod may use.
 func (n *Node) sandboxResources(pod *v1.Pod) *runtimeapi.LinuxContainerResources {
-	r := cgroups.ResourceConfigForPod(pod, n.Resources)
-	out := &runtimeapi.LinuxContainerResources{}
-	if r.CPU != nil {
-		if r.CPU.Shares != nil {
-			out.CpuShares = int64(*r.CPU.Shares)
-		}
-		if r.CPU.Quota != nil {
-			out.CpuQuota = *r.CPU.Quota
-		}
-		if r.CPU.Period != nil {
-			out.CpuPeriod = int64(*r.CPU.Period)
-		}
-	}
-	if r.Memory != nil && r.Memory.Limit != nil {
-		out.MemoryLimitInBytes = *r.Memory.Limit
-	}
-	return out
+	return cgroups.ForCRI(cgroups.ResourceConfigForPod(pod, n.Resources))
 }
 
 func sysctls(pod *v1.Pod) map[string]string {
