@@ -45,5 +45,9 @@ func run() error {
 	if err != nil {
 		return fmt.Errorf("built without pause, use cmd/podd-shim/build.sh: %w", err)
 	}
-	return server.Main(server.Options{RunDir: *runDir, Pause: pause, LogToStderr: *stderr})
+	enter, err := embedded.ReadFile("embed/enter")
+	if err != nil {
+		return fmt.Errorf("built without enter, use cmd/podd-shim/build.sh: %w", err)
+	}
+	return server.Main(server.Options{RunDir: *runDir, Pause: pause, Enter: enter, LogToStderr: *stderr})
 }

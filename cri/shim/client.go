@@ -274,7 +274,7 @@ func (c *Client) Info(ctx context.Context) (*Info, error) {
 // Exec starts a further process in a running container. The descriptors of e
 // remain the caller's: close your copies when Exec has returned.
 func (c *Client) Exec(ctx context.Context, e *ExecSpec) (Session, error) {
-	req := wire.ExecRequest{Call: wire.Call{ID: e.ContainerID}, Process: e.Process}
+	req := wire.ExecRequest{Call: wire.Call{ID: e.ContainerID}, Process: e.Process, Libcontainer: e.Libcontainer}
 	fds := streams(&req.Call, e.Stdin, e.Stdout, e.Stderr)
 	body, err := json.Marshal(req)
 	if err != nil {

@@ -127,6 +127,9 @@ type ExecSpec struct {
 	// Stdin, Stdout and Stderr are handed to the process as they are (nil:
 	// /dev/null); with a terminal they must be nil and the pty master comes back.
 	Stdin, Stdout, Stderr *os.File `json:"-"`
+	// Libcontainer starts the process by libcontainer even where the shim's
+	// own way would do, to compare the two.
+	Libcontainer bool `json:"-"`
 }
 
 // Info is what the shim says of itself.

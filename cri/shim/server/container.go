@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/cgroups"
@@ -29,6 +30,7 @@ type container struct {
 	op     opLock
 	out    *output
 	exited chan struct{} // closed after the exit was recorded
+	shared atomic.Pointer[execBase]
 
 	mu    sync.Mutex
 	rec   record

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/podd-runtime/podd/cri/shim"
 	"github.com/podd-runtime/podd/cri/shim/internal/confine"
+	"github.com/podd-runtime/podd/cri/shim/internal/enter"
 	"github.com/podd-runtime/podd/cri/shim/internal/wire"
 )
 
@@ -23,7 +25,6 @@ type execution struct {
 	c     *container
 	pid   int
 	pidfd int
-	start uint64
 	w     *watch
 	done  chan struct{}
 	exit  shim.Exit
@@ -46,8 +47,8 @@ func (s *Server) exec(conn *wire.Conn, frame *wire.Frame, leave func()) error {
 	if err != nil {
 		return err
 	}
-	if st := c.state(); st != shim.Running {
-		return fmt.Errorf("container is %s: %w", st, errdefs.ErrFailedPrecondition)
+	if err := c.running(); err != nil {
+		return err
 	}
 	in, outs, err := takeStreams(req.Streams, frame)
 	if err != nil {
@@ -57,11 +58,7 @@ func (s *Server) exec(conn *wire.Conn, frame *wire.Frame, leave func()) error {
 	if req.Process.Terminal && req.Streams != 0 {
 		return fmt.Errorf("a terminal replaces the standard streams: %w", errdefs.ErrInvalidArgument)
 	}
-	process, err := newProcess(req.Process)
-	if err != nil {
-		return err
-	}
-	e, tty, err := c.exec(process, req.Process.Terminal, [3]*os.File{in, outs[0], outs[1]})
+	e, tty, err := c.exec(&req, [3]*os.File{in, outs[0], outs[1]}, conn)
 	if err != nil {
 		return err
 	}
@@ -124,18 +121,57 @@ func (e *execution) serve(conn *wire.Conn) error {
 }
 
 // exec starts the process and watches it.
-func (c *container) exec(process *libcontainer.Process, terminal bool, files [3]*os.File) (_ *execution, tty *os.File, err error) {
+func (c *container) exec(req *wire.ExecRequest, files [3]*os.File, conn *wire.Conn) (_ *execution, tty *os.File, err error) {
+	process, err := newProcess(req.Process)
+	if err != nil {
+		return nil, nil, err
+	}
+	end := c.s.reaper.begin()
+	defer end()
+	var started *enter.Process
+	if req.Libcontainer {
+		err = &enter.Unable{What: "be used, as the caller says"}
+	} else {
+		started, err = c.enter(process, req.Process.Terminal, files, conn)
+	}
+	var unable *enter.Unable
+	if errors.As(err, &unable) {
+		c.s.log.Debug("exec by libcontainer", "id", c.rec.Process.ID, "because", unable.Error())
+		started, err = c.execByLibcontainer(process, req.Process.Terminal, files)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	tty = started.Terminal
+	e := &execution{c: c, pid: started.PID, done: make(chan struct{})}
+	if e.pidfd, err = unix.PidfdOpen(e.pid, 0); err != nil {
+		closeFiles(tty)
+		return nil, nil, fmt.Errorf("pidfd of exec: %w", err)
+	}
+	if e.w, err = c.s.reaper.watch(e.pid, e.pidfd, e.onExit); err != nil {
+		unix.Close(e.pidfd)
+		closeFiles(tty)
+		return nil, nil, err
+	}
+	c.mu.Lock()
+	c.execs[e] = struct{}{}
+	c.mu.Unlock()
+	return e, tty, nil
+}
+
+// execByLibcontainer starts what package enter does not cover.
+func (c *container) execByLibcontainer(process *libcontainer.Process, terminal bool, files [3]*os.File) (_ *enter.Process, err error) {
 	s, id := c.s, c.rec.Process.ID
 	// A loaded object of its own: libcontainer holds an object's lock for the
 	// whole start, and a second exec shall not wait for the first.
 	lc, err := libcontainer.Load(s.path("lc"), id)
 	if err != nil {
-		return nil, nil, lcError(err)
+		return nil, lcError(err)
 	}
 	config := lc.Config()
 	f, err := s.filters.named(c.rec.Filter)
 	if err != nil {
-		return nil, nil, err // never without the filter the container has
+		return nil, err // never without the filter the container has
 	}
 	label := process.Label
 	if label == "" {
@@ -143,7 +179,7 @@ func (c *container) exec(process *libcontainer.Process, terminal bool, files [3]
 	}
 	orderFile, err := order(id, &config, label, f, confine.AtOnce).File()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer orderFile.Close()
 	process.ExtraFiles = []*os.File{orderFile}
@@ -151,7 +187,7 @@ func (c *container) exec(process *libcontainer.Process, terminal bool, files [3]
 	if terminal {
 		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
-			return nil, nil, fmt.Errorf("console socket: %w", err)
+			return nil, fmt.Errorf("console socket: %w", err)
 		}
 		socket = os.NewFile(uintptr(pair[0]), "console")
 		process.ConsoleSocket = os.NewFile(uintptr(pair[1]), "console-init")
@@ -167,34 +203,20 @@ func (c *container) exec(process *libcontainer.Process, terminal bool, files [3]
 			process.Stderr = files[2]
 		}
 	}
-	end := s.reaper.begin()
-	defer end()
 	if err := lc.Start(process); err != nil {
-		return nil, nil, lcError(err)
+		return nil, lcError(err)
 	}
-	pid, err := process.Pid()
-	if err != nil {
-		return nil, nil, err
+	started := new(enter.Process)
+	if started.PID, err = process.Pid(); err != nil {
+		return nil, err
 	}
-	e := &execution{c: c, pid: pid, start: startTime(pid), done: make(chan struct{})}
-	if e.pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
-		return nil, nil, fmt.Errorf("pidfd of exec: %w", err)
-	}
-	if e.w, err = s.reaper.watch(pid, e.pidfd, e.onExit); err != nil {
-		unix.Close(e.pidfd)
-		return nil, nil, err
-	}
-	c.mu.Lock()
-	c.execs[e] = struct{}{}
-	c.mu.Unlock()
 	if terminal {
-		if tty, err = receiveTTY(socket); err != nil {
-			e.kill()
-			c.forgetExec(e)
-			return nil, nil, err
+		if started.Terminal, err = receiveTTY(socket); err != nil {
+			_ = unix.Kill(started.PID, unix.SIGKILL) // ours, and not waited for yet
+			return nil, err
 		}
 	}
-	return e, tty, nil
+	return started, nil
 }
 
 func (e *execution) onExit(exit shim.Exit) {

@@ -21,7 +21,8 @@ import (
 // Options are podd-shim's command line.
 type Options struct {
 	RunDir      string
-	Pause       []byte
+	Pause       []byte // the program cmd/pause
+	Enter       []byte // the program cmd/enter
 	LogToStderr bool
 }
 
@@ -57,7 +58,7 @@ func Main(o Options) error {
 	heedSignals()
 	go endOnSignal(log)
 	protect(log)
-	s, err := New(Config{RunDir: runDir, Pause: o.Pause, Lock: lock, Log: log})
+	s, err := New(Config{RunDir: runDir, Pause: o.Pause, Enter: o.Enter, Lock: lock, Log: log})
 	if err != nil {
 		return err
 	}

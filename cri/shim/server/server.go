@@ -40,7 +40,8 @@ const maxCalls = 4096
 // Config of a Server.
 type Config struct {
 	RunDir string
-	Pause  []byte // the pause program
+	Pause  []byte // the program cmd/pause
+	Enter  []byte // the program cmd/enter
 	Lock   int    // descriptor that holds the instance lock
 	Log    *slog.Logger
 }
@@ -58,6 +59,7 @@ type Server struct {
 	filters *filters
 	host    *host
 	pause   *os.File // memfd with the pause program
+	enter   *os.File // memfd with the program of execs
 	empty   *os.File // root directory of pause processes
 
 	containers store
@@ -107,6 +109,9 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	if s.pause, err = sealedProgram("pause", cfg.Pause); err != nil {
+		return nil, err
+	}
+	if s.enter, err = sealedProgram("enter", cfg.Enter); err != nil {
 		return nil, err
 	}
 	if s.empty, err = emptyRoot(); err != nil {

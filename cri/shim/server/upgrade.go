@@ -48,7 +48,6 @@ type handedExec struct {
 	PID   int    `json:"pid"`
 	PIDFD int    `json:"pidfd"`
 	Conn  int    `json:"conn"`
-	Start uint64 `json:"start"`
 }
 
 // inherited reads the handover of the program that executed this one.
@@ -259,7 +258,7 @@ func (e *execution) hand() (handedExec, bool) {
 	if err != nil {
 		return handedExec{}, false
 	}
-	h := handedExec{ID: e.c.rec.Process.ID, PID: e.pid, PIDFD: e.pidfd, Start: e.start}
+	h := handedExec{ID: e.c.rec.Process.ID, PID: e.pid, PIDFD: e.pidfd}
 	_ = conn.Control(func(fd uintptr) { h.Conn = int(fd) })
 	return h, true
 }
@@ -294,7 +293,7 @@ func (s *Server) resumeExec(x handedExec) error {
 		conn.Close()
 		return err
 	}
-	e := &execution{c: c, pid: x.PID, pidfd: x.PIDFD, start: x.Start, done: make(chan struct{})}
+	e := &execution{c: c, pid: x.PID, pidfd: x.PIDFD, done: make(chan struct{})}
 	if e.w, err = s.reaper.watch(x.PID, x.PIDFD, e.onExit); err != nil {
 		return err
 	}

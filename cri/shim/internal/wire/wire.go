@@ -97,6 +97,8 @@ type Call struct {
 type ExecRequest struct {
 	Call
 	Process *specs.Process `json:"process"`
+	// Libcontainer is shim.ExecSpec's.
+	Libcontainer bool `json:"libcontainer,omitempty"`
 }
 
 // Error is a failure on the wire.
