@@ -13,7 +13,7 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest cluster-test node-test node-shell bench check deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest cluster-test node-test node-shell bench check deb install uninstall deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
@@ -33,6 +33,20 @@ podd-cli:
 
 examples-tool:
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/run-examples ./examples/run
+
+deb: deps build ## Make the Debian package, bin/podd_VERSION_ARCH.deb
+	@VERSION='$(VERSION)' systemd/package/deb $(BIN)
+
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+UNITDIR    ?= $(PREFIX)/lib/systemd
+INSTALL    := PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' SYSCONFDIR='$(SYSCONFDIR)' UNITDIR='$(UNITDIR)' BIN='$(BIN)' systemd/package/install
+
+install: ## Install bin/ with units, manual pages and completions: PREFIX=/usr/local DESTDIR= SYSCONFDIR=/etc
+	@$(INSTALL)
+
+uninstall: ## Remove what install installed; configuration, images and records stay
+	@$(INSTALL) -u
 
 run: deps ## Build, then run the example pods in ./_run until Ctrl-C (as root)
 	@echo "==> build"

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 
@@ -35,8 +36,10 @@ type Config struct {
 	// DataDir outlives a reboot, RunDir need not. Both are locked while the
 	// agent runs: two agents on one directory would undo each other's work.
 	DataDir, RunDir string
-	// CRISocket is where CRI clients are answered.
-	CRISocket string
+	// CRISocket is where CRI clients are answered; CRIListener takes its place
+	// when the service manager has opened it.
+	CRISocket   string
+	CRIListener net.Listener
 	// ShimProgram is podd-shim's binary.
 	ShimProgram string
 	// ShimUnit is the systemd service that runs it; "": podd does.
@@ -67,8 +70,13 @@ type agent struct {
 	events  *events.Store
 	source  *manifests.Source
 	table   *pods.Table
+	health  health
 	undo    []func()
 }
+
+// ErrReload as the cause of the end of Run's context says that another agent
+// takes over at once, in this process; Run returns it.
+var ErrReload = errors.New("reload")
 
 // Run is the agent's life: it returns when ctx ends, with every container
 // still running, or when a part cannot go on.
@@ -78,12 +86,15 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer a.close()
+	outer := ctx
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	criListener, err := api.Listen(cfg.CRISocket)
-	if err != nil {
-		return fmt.Errorf("CRI socket (--cri-socket): %w", err)
+	criListener := cfg.CRIListener
+	if criListener == nil {
+		if criListener, err = api.Listen(cfg.CRISocket); err != nil {
+			return fmt.Errorf("CRI socket (--cri-socket): %w", err)
+		}
 	}
 	localListener, err := api.Listen(filepath.Join(cfg.RunDir, api.SocketName))
 	if err != nil {
@@ -106,14 +117,37 @@ func Run(ctx context.Context, cfg Config) error {
 	group.Go(func() error { return a.source.Run(ctx) })
 	group.Go(func() error { return a.refreshVolumes(ctx) })
 	group.Go(func() error { return a.volumes.Run(ctx, a.table.Pods, a.volumesTroubled) })
-	a.log.Info("podd is ready", "node", cfg.NodeName, "manifests", cfg.Manifests.Dir, "cri", cfg.CRISocket, "version", cfg.Version)
-	systemd.Ready(a.log)
+	group.Go(func() error { return a.tellReady(ctx) })
+	group.Go(func() error { return a.keepAlive(ctx) })
+	group.Go(func() error { return a.tellStatus(ctx) })
+	context.AfterFunc(ctx, func() {
+		if context.Cause(outer) == ErrReload {
+			systemd.Reloading(a.log)
+		} else {
+			systemd.Stopping(a.log)
+		}
+	})
 	err = group.Wait()
-	systemd.Stopping(a.log)
+	if context.Cause(outer) == ErrReload {
+		return ErrReload
+	}
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}
 	return err
+}
+
+// tellReady says so when the pods of the last run are taken up and both sockets
+// answer: they listen already, so that who connects before waits.
+func (a *agent) tellReady(ctx context.Context) error {
+	select {
+	case <-a.table.Recovered():
+	case <-ctx.Done():
+		return nil
+	}
+	a.log.Info("podd is ready", "node", a.cfg.NodeName, "manifests", a.cfg.Manifests.Dir, "cri", a.cfg.CRISocket, "version", a.cfg.Version)
+	systemd.Ready(a.log)
+	return nil
 }
 
 // Drain stops every pod that runs in the directories of cfg, each within its

@@ -121,7 +121,7 @@ they find by --run-dir or $PODD_RUN_DIR.`,
 	add(groupDaemon, true, newStatus(c, streams))
 	add(groupDaemon, false, newVersion(c, streams))
 	comp := completion.NewCmdCompletion(streams.Out, "")
-	add("", false, comp)
+	add("", false, comp, newMan())
 
 	rename(root)
 	shorten(root)

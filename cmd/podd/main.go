@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -26,9 +27,20 @@ func main() {
 		// and the namespaces that it entered with it, unless it is the main
 		// thread, which never ends: so nothing else may run on that one.
 		runtime.LockOSThread()
+		self, err := os.Executable() // before an upgrade replaces it
 		status := make(chan int)
 		go func() { status <- runDaemon(os.Args[2:]) }()
-		os.Exit(<-status)
+		code := <-status
+		if code == again {
+			// The same process, so that whoever watches it sees none end.
+			signal.Ignore(syscall.SIGHUP) // until the next program listens
+			if err == nil {
+				err = syscall.Exec(self, os.Args, os.Environ())
+			}
+			fmt.Fprintln(os.Stderr, "podd run: execute", self, "again:", err)
+			code = 1
+		}
+		os.Exit(code)
 	}
 	if err := execClient(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "podd:", err)

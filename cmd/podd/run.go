@@ -31,10 +31,14 @@ import (
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/netns"
+	"github.com/podd-runtime/podd/systemd"
 	"github.com/podd-runtime/podd/volumes"
 )
 
-// runDaemon is `podd run`; it returns the exit status.
+// again is runDaemon's status when the program is to be executed once more.
+const again = -1
+
+// runDaemon is `podd run`; it returns the exit status, or again.
 func runDaemon(args []string) int {
 	var cfg config.Config
 	flags := pflag.NewFlagSet("podd run", pflag.ContinueOnError)
@@ -61,19 +65,65 @@ func runDaemon(args []string) int {
 	for _, w := range cfg.Warnings {
 		log.Warn("setting without effect", "name", w.Name, "value", w.Value, "from", w.From, "reason", w.Reason)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	asked, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	ctx, cancel := context.WithCancelCause(asked)
+	defer cancel(nil)
+	agent := agentConfig(&cfg, log)
 	run := kubelet.Run
+	passed := systemd.Activation()
 	if *drain {
 		run = kubelet.Drain
 	} else {
 		remember(cfg.Podd.RunDir, args, log)
+		go heedReload(ctx, args, cancel, log)
+		if agent.CRIListener, err = passed.Listener("cri"); err != nil {
+			log.Error("podd ends", "error", err)
+			return 1
+		}
 	}
-	if err := run(ctx, agentConfig(&cfg, log)); err != nil {
+	err = run(ctx, agent)
+	if errors.Is(err, kubelet.ErrReload) {
+		if asked.Err() != nil {
+			return 0 // the end was asked for meanwhile
+		}
+		if err = passed.Keep(); err == nil {
+			return again
+		}
+	}
+	if err != nil {
 		log.Error("podd ends", "error", err)
 		return 1
 	}
 	return 0
+}
+
+// heedReload ends this run for the next one, in the same process, at each
+// SIGHUP; not when the next one would refuse its configuration.
+func heedReload(ctx context.Context, args []string, end context.CancelCauseFunc, log *slog.Logger) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	for {
+		select {
+		case <-hangup:
+		case <-ctx.Done():
+			return
+		}
+		var next config.Config
+		flags := pflag.NewFlagSet("podd run", pflag.ContinueOnError)
+		config.AddFlags(flags, &next)
+		flags.Bool("drain", false, "")
+		err := flags.Parse(args)
+		if err == nil {
+			err = next.Load()
+		}
+		if err == nil {
+			log.Info("podd begins anew")
+			end(kubelet.ErrReload)
+			return
+		}
+		log.Error("configuration is refused, podd goes on with the one it has", "error", err)
+	}
 }
 
 func newLog(cfg *config.Config) *slog.Logger {

@@ -31,10 +31,11 @@ type Table struct {
 	probes  *probes.Scheduler
 	limits  limits
 	// ctx of everything that is under way; set by Run before any worker runs.
-	ctx     context.Context
-	ops     sync.WaitGroup // calls under way
-	running sync.WaitGroup // workers
-	sweeper *worker        // holds UIDs that are being cleaned up; never runs
+	ctx       context.Context
+	ops       sync.WaitGroup // calls under way
+	running   sync.WaitGroup // workers
+	recovered chan struct{}  // closed by openUp
+	sweeper   *worker        // holds UIDs that are being cleaned up; never runs
 
 	mu sync.Mutex
 	index
@@ -79,11 +80,12 @@ func New(cfg Config, deps Deps) *Table {
 	cfg.defaults(runtime.GOMAXPROCS(0))
 	t := &Table{
 		cfg: cfg, deps: deps, log: cfg.Log,
-		policy:  Policy{Backoff: cfg.Backoff, MinGrace: 2 * time.Second},
-		records: newRecords(cfg.RecordDir, cfg.Log),
-		userns:  &userns{podDir: cfg.Node.PodDir, used: map[uint64]types.UID{}},
-		limits:  limits{starts: newGate(cfg.ParallelStarts), pulls: make(chan struct{}, cfg.ParallelPulls)},
-		sources: sources{synced: map[string]bool{}},
+		policy:    Policy{Backoff: cfg.Backoff, MinGrace: 2 * time.Second},
+		records:   newRecords(cfg.RecordDir, cfg.Log),
+		userns:    &userns{podDir: cfg.Node.PodDir, used: map[uint64]types.UID{}},
+		recovered: make(chan struct{}),
+		limits:    limits{starts: newGate(cfg.ParallelStarts), pulls: make(chan struct{}, cfg.ParallelPulls)},
+		sources:   sources{synced: map[string]bool{}},
 		index: index{
 			workers: map[types.NamespacedName]*worker{}, uids: map[types.UID]*worker{}, ids: map[string]*worker{},
 			told: map[types.UID][]*worker{}, blocked: map[types.UID][]*worker{},
@@ -164,6 +166,7 @@ func (t *Table) openUp() {
 		f()
 	}
 	t.mu.Unlock()
+	close(t.recovered)
 }
 
 // tell runs f, which has t.mu, now or when recovery is over.
@@ -270,7 +273,7 @@ func (t *Table) holder(uid types.UID) *worker {
 // newWorker for a name; t.mu is held.
 func (t *Table) newWorker(key types.NamespacedName) *worker {
 	w := &worker{
-		t: t, key: key, wake: make(chan struct{}, 1), timer: time.NewTimer(time.Hour),
+		t: t, key: key, wake: make(chan struct{}, 1), ended: make(chan struct{}), timer: time.NewTimer(time.Hour),
 		log: t.log.With("pod", key.String()),
 	}
 	w.timer.Stop()
@@ -280,7 +283,7 @@ func (t *Table) newWorker(key types.NamespacedName) *worker {
 
 func (t *Table) start(w *worker) {
 	t.running.Add(1)
-	go func() { defer t.running.Done(); w.run(t.ctx) }()
+	go func() { defer t.running.Done(); defer close(w.ended); w.run(t.ctx) }()
 }
 
 // retire forgets a worker that has nothing left, unless something has come in.

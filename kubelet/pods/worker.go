@@ -32,6 +32,7 @@ type worker struct {
 	mu    sync.Mutex
 	inbox []func()
 	wake  chan struct{}
+	ended chan struct{} // closed when its goroutine is over
 
 	// published is the pod as readers see it; nil before the first time.
 	published atomic.Pointer[v1.Pod]
