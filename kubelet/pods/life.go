@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"cmp"
 	"context"
 	"maps"
 	"slices"
@@ -151,12 +152,12 @@ func (l *life) dropContainer(id string) {
 	delete(l.probed, id)
 }
 
+// sortContainers puts the newest instance of each container first. By name
+// before all else: clocks stand still or step back, and an order that took
+// attempts for one name and times across names would be none.
 func sortContainers(cs []status.Container) {
 	slices.SortStableFunc(cs, func(a, b status.Container) int {
-		if a.Name == b.Name && a.Attempt != b.Attempt {
-			return int(b.Attempt - a.Attempt)
-		}
-		return b.CreatedAt.Compare(a.CreatedAt)
+		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(b.Attempt, a.Attempt), b.CreatedAt.Compare(a.CreatedAt))
 	})
 }
 

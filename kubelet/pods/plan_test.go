@@ -458,3 +458,19 @@ func TestRetryDelay(t *testing.T) {
 		}
 	}
 }
+
+func TestNewestIsTheLastAttemptWhateverTheClock(t *testing.T) {
+	at := time.Unix(1000, 0)
+	// Each one as it came: the clock stood, then stepped back.
+	l := &life{tries: tries{attempts: map[string]int32{}}}
+	for i, c := range []status.Container{
+		{Name: "a", Attempt: 0, CreatedAt: at}, {Name: "b", Attempt: 0, CreatedAt: at}, {Name: "b", Attempt: 1, CreatedAt: at},
+		{Name: "a", Attempt: 1, CreatedAt: at}, {Name: "b", Attempt: 2, CreatedAt: at.Add(-time.Hour)},
+	} {
+		c.ID = fmt.Sprint(i)
+		l.put(c)
+		if n := l.o.newest(c.Name); n.ID != c.ID {
+			t.Errorf("attempt %d of %s has come, the newest is %d", c.Attempt, c.Name, n.Attempt)
+		}
+	}
+}
