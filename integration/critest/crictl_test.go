@@ -19,6 +19,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/console"
+
 	"github.com/podd-runtime/podd/integration/node"
 )
 
@@ -151,7 +153,10 @@ func TestCrictl(t *testing.T) {
 	t.Run("pods and ps", func(t *testing.T) { crictl{t, n}.lists(pod, web, images) })
 	t.Run("inspect", func(t *testing.T) { crictl{t, n}.inspects(pod, web) })
 	t.Run("exec", func(t *testing.T) { crictl{t, n}.execs(count) })
+	t.Run("terminal", func(t *testing.T) { crictl{t, n}.terminal(count) })
 	t.Run("logs", func(t *testing.T) { crictl{t, n}.logs(count) })
+	talk := create("talk", busyboxImage, `"command": ["sh", "-c", "echo said; read line; echo heard $line"], "stdin": true, "stdin_once": true`)
+	t.Run("logs -f", func(t *testing.T) { crictl{t, n}.follow(talk) })
 	t.Run("attach", func(t *testing.T) { crictl{t, n}.attach(cat) })
 	for _, transport := range []string{"spdy", "websocket"} {
 		t.Run("port-forward "+transport, func(t *testing.T) { crictl{t, n}.portForward(pod, transport) })
@@ -315,6 +320,90 @@ func (c crictl) execs(id string) {
 	}
 }
 
+// terminal of a container has the size of the user's window, and follows it.
+func (c crictl) terminal(id string) {
+	window, name, err := console.NewPty()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer window.Close()
+	tty, err := os.OpenFile(name, os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer tty.Close()
+	resize := func(h, w uint16) {
+		if err := window.Resize(console.WinSize{Height: h, Width: w}); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	resize(33, 91)
+	cmd := c.command("exec", "-it", id, "sh")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		c.t.Fatal(err)
+	}
+	tty.Close()
+	var mu sync.Mutex
+	var screen strings.Builder
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		for b := make([]byte, 4096); ; {
+			n, err := window.Read(b) // fails when crictl has gone
+			mu.Lock()
+			screen.Write(b[:n])
+			mu.Unlock()
+			if err != nil {
+				return
+			}
+		}
+	}()
+	says := func(what string) bool {
+		// The size comes after the start: ask until it is there.
+		if _, err := window.Write([]byte("stty size\n")); err != nil {
+			c.t.Fatal(err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return strings.Contains(screen.String(), what)
+	}
+	node.Await(c.t, "size of the window, 33 91", 20*time.Second, func() bool { return says("\n33 91\r") })
+	resize(44, 120)
+	node.Await(c.t, "size of the larger window, 44 120", 20*time.Second, func() bool { return says("\n44 120\r") })
+	if _, err := window.Write([]byte("exit\n")); err != nil {
+		c.t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		c.t.Errorf("exec -it: %v\n%s", err, &screen)
+	}
+	<-read
+}
+
+// follow a log from its first line to the end of its container.
+func (c crictl) follow(id string) {
+	cmd := c.command("logs", "-f", id)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		c.t.Fatal(err)
+	}
+	var lines []string
+	for s := bufio.NewScanner(out); s.Scan(); {
+		if lines = append(lines, s.Text()); s.Text() == "said" {
+			if _, errOut, err := c.try("well\n", "attach", "-i", id); err != nil {
+				c.t.Errorf("attach: %v, %s", err, errOut)
+			}
+		}
+	}
+	if err := cmd.Wait(); err != nil || fmt.Sprint(lines) != "[said heard well]" {
+		c.t.Errorf("logs -f: %q, %v", lines, err)
+	}
+}
+
 func (c crictl) logs(id string) {
 	out, errOut, err := c.try("", "logs", id)
 	if err != nil || out != "one\nthree\n" || !strings.Contains(errOut, "two\n") {
@@ -441,17 +530,20 @@ func number(s string) (n int64) {
 }
 
 func (c crictl) update(web string) {
-	c.ok("update", "--memory", "100663296", "--cpu-share", "512", web)
+	c.ok("update", "--memory", "100663296", "--cpu-share", "512", "--cpuset-cpus", "0", web)
 	var in struct {
 		Status struct {
 			Resources struct {
-				Linux struct{ MemoryLimitInBytes, CPUShares string }
+				Linux struct{ MemoryLimitInBytes, CPUShares, CpusetCpus string }
 			}
 		}
 	}
 	c.json(&in, "inspect", web)
-	if r := in.Status.Resources.Linux; r.MemoryLimitInBytes != "100663296" || r.CPUShares != "512" {
+	if r := in.Status.Resources.Linux; r.MemoryLimitInBytes != "100663296" || r.CPUShares != "512" || r.CpusetCpus != "0" {
 		c.t.Errorf("inspect after update: %+v", r)
+	}
+	if out := c.ok("exec", web, "cat", "/proc/self/status"); !strings.Contains(out, "Cpus_allowed_list:\t0\n") {
+		c.t.Errorf("status of a process after update: %s", out)
 	}
 	if _, errOut, err := c.try("", "update", "--memory", "-5", web); err == nil || !strings.Contains(errOut, "InvalidArgument") || !strings.Contains(errOut, "memory_limit_in_bytes") {
 		c.t.Errorf("update to a negative limit: %v, %s", err, errOut)

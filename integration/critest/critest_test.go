@@ -38,30 +38,30 @@ func TestCritest(t *testing.T) {
 	n.Mirror(r.Addr)
 	n.Start()
 
-	t.Run("parallel", func(t *testing.T) { suite{node: n, procs: 4, want: specs}.run(t) })
+	t.Run("parallel", func(t *testing.T) { suite{socket: socket(n), procs: 4, want: specs}.run(t) })
 	before := n.Count() // what is made once is made
 	t.Run("websocket", func(t *testing.T) {
 		suite{
-			node: n, procs: 4, focus: "Streaming|attach", want: 5,
+			socket: socket(n), procs: 4, focus: "Streaming|attach", want: 5,
 			flags: []string{"-websocket-exec", "-websocket-attach", "-websocket-portforward"},
 		}.run(t)
 	})
 	if full() {
 		for i := range 3 {
-			t.Run(fmt.Sprintf("serial%d", i+1), func(t *testing.T) { suite{node: n, procs: 1, want: specs}.run(t) })
+			t.Run(fmt.Sprintf("serial%d", i+1), func(t *testing.T) { suite{socket: socket(n), procs: 1, want: specs}.run(t) })
 		}
-		t.Run("parallel again", func(t *testing.T) { suite{node: n, procs: 4, want: specs}.run(t) })
+		t.Run("parallel again", func(t *testing.T) { suite{socket: socket(n), procs: 4, want: specs}.run(t) })
 	}
 	n.NoLeaks(t, before, 15*time.Second)
 }
 
 // suite is one run of critest.
 type suite struct {
-	node  *node.Node
-	procs int
-	focus string
-	want  int // specs that pass, or skip themselves for want of AppArmor; at least
-	flags []string
+	socket string
+	procs  int
+	focus  string
+	want   int // specs that pass, or skip themselves for want of AppArmor; at least
+	flags  []string
 }
 
 // report is the part of ginkgo's JSON report (types.Report) that is read.
@@ -69,6 +69,9 @@ type report struct {
 	SpecialSuiteFailureReasons []string
 	RunTime                    time.Duration
 	SpecReports                []spec
+
+	err    error  // of the run
+	output string // of critest
 }
 
 type spec struct {
@@ -92,7 +95,9 @@ func (s spec) name() string {
 	return strings.TrimPrefix(strings.Join(append(s.ContainerHierarchyTexts, s.LeafNodeText), " "), "[k8s.io] ")
 }
 
-func (s suite) run(t *testing.T) {
+// report runs it and returns what critest says, not yet judged.
+func (s suite) report(t *testing.T) report {
+	t.Helper()
 	tmp := scratch(t)
 	// As critest's own -parallel does, which can say nothing about the report.
 	program := filepath.Join(tmp, "critest.test")
@@ -106,7 +111,7 @@ func (s suite) run(t *testing.T) {
 	if s.focus != "" {
 		args = append(args, "--focus="+s.focus)
 	}
-	args = append(args, program, "--", "-runtime-endpoint="+socket(s.node), "-image-endpoint="+socket(s.node))
+	args = append(args, program, "--", "-runtime-endpoint="+s.socket, "-image-endpoint="+s.socket)
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(peers(), "ginkgo"), append(args, s.flags...)...)
@@ -123,35 +128,44 @@ func (s suite) run(t *testing.T) {
 	if err := json.Unmarshal(b, &reports); err != nil {
 		t.Fatalf("critest's report: %v", err)
 	}
-	ok, failed := 0, 0
-	for _, r := range reports {
-		for _, reason := range r.SpecialSuiteFailureReasons {
-			t.Errorf("critest: %s", reason)
-		}
-		for _, s := range r.SpecReports {
-			switch s.State {
-			case "passed":
-				if s.LeafNodeType != "It" {
-					continue
-				}
-				ok++
-			case "skipped":
-				if s.Failure.Message == "" { // filtered out
-					continue
-				}
-				ok++
-			default:
-				failed++
-			}
-			t.Run(s.name(), s.result)
-		}
-		t.Logf("critest: %.1f s", r.RunTime.Seconds())
+	if len(reports) != 1 {
+		t.Fatalf("critest made %d reports\n%s", len(reports), out)
 	}
-	if runErr != nil && failed == 0 {
-		t.Errorf("critest: %v\n%s", runErr, out)
+	r := reports[0]
+	r.err, r.output = runErr, string(out)
+	return r
+}
+
+// run has each spec be a subtest.
+func (s suite) run(t *testing.T) {
+	r := s.report(t)
+	ok, failed := 0, 0
+	for _, reason := range r.SpecialSuiteFailureReasons {
+		t.Errorf("critest: %s", reason)
+	}
+	for _, s := range r.SpecReports {
+		switch s.State {
+		case "passed":
+			if s.LeafNodeType != "It" {
+				continue
+			}
+			ok++
+		case "skipped":
+			if s.Failure.Message == "" { // filtered out
+				continue
+			}
+			ok++
+		default:
+			failed++
+		}
+		t.Run(s.name(), s.result)
+	}
+	t.Logf("critest: %.1f s", r.RunTime.Seconds())
+	if r.err != nil && failed == 0 {
+		t.Errorf("critest: %v\n%s", r.err, r.output)
 	}
 	if ok+failed < s.want {
-		t.Errorf("critest ran %d specs, want %d\n%s", ok+failed, s.want, out)
+		t.Errorf("critest ran %d specs, want %d\n%s", ok+failed, s.want, r.output)
 	}
 }
 

@@ -105,7 +105,7 @@ func prepare() error {
 	}
 	names := []string{"critest", "ginkgo"}
 	if full() {
-		names = append(names, "crictl", "kubelet")
+		names = append(names, "crictl", "kubelet", "containerd", "runc", "cni")
 	}
 	cmd := exec.CommandContext(ctx, fromRoot("integration", "peer", "build.sh"), append([]string{peers()}, names...)...)
 	cmd.Env = append(os.Environ(), "CRITEST_PINNED="+digest.String())
