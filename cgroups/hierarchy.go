@@ -399,3 +399,27 @@ func rmTree(dir string) error {
 	}
 	return &os.PathError{Op: "rmdir", Path: dir, Err: err}
 }
+
+// SwapControlled says whether this host accounts swap by group: on v2 the own
+// group has memory.swap.max (all but the root have it), on v1 there is
+// memory.memsw.limit_in_bytes.
+func SwapControlled() bool {
+	l, err := discover()
+	if err != nil {
+		return false
+	}
+	if !l.unified {
+		dir := l.of("memory")
+		return dir != "" && unix.Access(dir+"/memory.memsw.limit_in_bytes", unix.F_OK) == nil
+	}
+	data, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return false
+	}
+	group := strings.TrimPrefix(strings.TrimSpace(string(data)), "0::")
+	if group == "/" { // not below any: as good as the kernel's default says
+		cmdline, _ := os.ReadFile("/proc/cmdline")
+		return !strings.Contains(string(cmdline), "swapaccount=0")
+	}
+	return unix.Access(l.hierarchies[0].dir+group+"/memory.swap.max", unix.F_OK) == nil
+}

@@ -1,6 +1,7 @@
 package cgroups
 
 import (
+	"os"
 	"strconv"
 	"strings"
 
@@ -79,6 +80,34 @@ type PodOptions struct {
 	// GroupOOM is the negation of singleProcessOOMKill: on cgroup v2 an
 	// out-of-memory kill then takes the whole container (memory.oom.group).
 	GroupOOM bool
+	// Swap is what containers may have of it.
+	Swap Swap
+	// MemoryQoS sets memory.high of containers on cgroup v2, nil: not.
+	MemoryQoS *MemoryQoS
+}
+
+// Swap of the node (KEP-2400).
+type Swap struct {
+	// Unified: cgroup v2. Controlled: the kernel accounts swap by group; where
+	// it does not, nothing is set.
+	Unified, Controlled bool
+	// Limited gives containers of burstable pods their share of Capacity
+	// bytes, by their memory request; otherwise containers have none
+	// (memorySwap.swapBehavior LimitedSwap and NoSwap).
+	Limited  bool
+	Capacity int64
+}
+
+// MemoryQoS throttles containers near their memory limit (KEP-2570).
+type MemoryQoS struct {
+	// Factor between request, 0, and limit, 1: memoryThrottlingFactor.
+	Factor float64
+	// Allocatable stands for the limit that a container does not have, bytes.
+	Allocatable int64
+	// Reserve protects what is requested (memoryReservationPolicy
+	// TieredReservation): memory.min of guaranteed, memory.low of burstable
+	// pods' containers.
+	Reserve bool
 }
 
 func (o PodOptions) period() uint64 {
@@ -232,7 +261,79 @@ func ResourceConfigForContainer(pod *v1.Pod, c *v1.Container, o PodOptions) *run
 		r.Unified = map[string]string{"memory.oom.group": "1"}
 	}
 	r.HugepageLimits = containerHugepages(pod, c)
+	o.Swap.apply(r, pod, c, o.MemoryCapacity)
+	o.MemoryQoS.apply(r, pod, c)
 	return r
+}
+
+// apply the container's swap limit.
+func (s Swap) apply(r *runtimeapi.LinuxContainerResources, pod *v1.Pod, c *v1.Container, memory int64) {
+	switch {
+	case !s.Controlled:
+	case !s.Unified:
+		r.MemorySwapLimitInBytes = r.MemoryLimitInBytes // memory and swap together
+	default:
+		unified(r)["memory.swap.max"] = strconv.FormatInt(s.share(pod, c, memory), 10)
+	}
+}
+
+// share of the node's swap, in bytes: of what a container of a burstable pod
+// requests of the node's memory, if it does not request its limit.
+func (s Swap) share(pod *v1.Pod, c *v1.Container, memory int64) int64 {
+	request, limit := c.Resources.Requests.Memory(), c.Resources.Limits.Memory()
+	if !s.Limited || critical(pod) || v1qos.GetPodQOS(pod) != v1.PodQOSBurstable || request.Cmp(*limit) == 0 ||
+		memory <= 0 || request.Value() > memory {
+		return 0
+	}
+	return int64(float64(request.Value()) / float64(memory) * float64(s.Capacity))
+}
+
+// critical pods are static pods, mirror pods and those of critical priority.
+func critical(pod *v1.Pod) bool {
+	if src, ok := pod.Annotations["kubernetes.io/config.source"]; ok && src != "api" {
+		return true
+	}
+	if _, ok := pod.Annotations[v1.MirrorPodAnnotationKey]; ok {
+		return true
+	}
+	return pod.Spec.Priority != nil && *pod.Spec.Priority >= scheduling.SystemCriticalPriority
+}
+
+// apply memory.high, and memory.min or memory.low.
+func (q *MemoryQoS) apply(r *runtimeapi.LinuxContainerResources, pod *v1.Pod, c *v1.Container) {
+	if q == nil {
+		return
+	}
+	u := unified(r)
+	request, limit := c.Resources.Requests.Memory().Value(), c.Resources.Limits.Memory().Value()
+	u["memory.min"], u["memory.low"] = "0", "0"
+	if q.Reserve && request != 0 {
+		kept := "memory.low"
+		if v1qos.GetPodQOS(pod) == v1.PodQOSGuaranteed {
+			kept = "memory.min"
+		}
+		delete(u, "memory.min")
+		delete(u, "memory.low")
+		u[kept] = strconv.FormatInt(request, 10)
+	}
+	if request == limit {
+		return // guaranteed, as far as memory goes
+	}
+	if limit == 0 {
+		limit = q.Allocatable
+	}
+	page := int64(os.Getpagesize())
+	high := int64(float64(request)+float64(limit-request)*q.Factor) / page * page
+	if high > request {
+		u["memory.high"] = strconv.FormatInt(high, 10)
+	}
+}
+
+func unified(r *runtimeapi.LinuxContainerResources) map[string]string {
+	if r.Unified == nil {
+		r.Unified = map[string]string{}
+	}
+	return r.Unified
 }
 
 func containerHugepages(pod *v1.Pod, c *v1.Container) []*runtimeapi.HugepageLimit {

@@ -96,6 +96,9 @@ func TestStoppedPodStaysStoppedUntilStart(t *testing.T) {
 	if node.Running(p) {
 		t.Errorf("it still runs: %+v", p.Status)
 	}
+	if out := n.OK("get", "pods"); strings.Contains(out, "Error") || !strings.Contains(out, "Completed") && !strings.Contains(out, "Terminated") {
+		t.Errorf("its end is shown as one it was not asked for: %s", out)
+	}
 	n.OK("start", node.PodName("web"))
 	n.WaitRunning("web")
 	n.OK("stop", "--all")

@@ -38,7 +38,7 @@ spec:
   containers:
   - name: source
     image: podd.test/busybox:1
-    command: [sh, -c, "echo source >>/v/log; [ -f /v/once ] && sleep 1000; touch /v/once; exit 42"]
+    command: [sh, -c, "echo source >>/v/log; [ -f /v/once ] && sleep 1000; touch /v/once; until grep -q regular /v/log; do sleep 0.1; done; exit 42"]
     restartPolicy: Never
     restartPolicyRules: [{action: RestartAllContainers, exitCodes: {operator: In, values: [42]}}]
     volumeMounts: [{name: v, mountPath: /v}]
@@ -197,4 +197,23 @@ spec:
 		_, c := podutil.GetPodCondition(&p.Status, v1.PodResizePending)
 		return c != nil && c.Reason == v1.PodReasonInfeasible && statusOf(p, "main").Resources.Limits.Cpu().String() == "100m"
 	})
+}
+
+func TestSysctlsThatAreNotAllowed(t *testing.T) {
+	n := start(t, "--allowed-unsafe-sysctls=net.core.*")
+	manifest := func(name, sysctl string) string {
+		return strings.NewReplacer(testserver, busybox, "    args: []\n", "    command: [sh, -c, \"cat /proc/sys/"+strings.ReplaceAll(sysctl, ".", "/")+"; sleep 1000\"]\n").Replace(
+			pod(name, "securityContext: {sysctls: [{name: "+sysctl+", value: \"77\"}]}"))
+	}
+	n.Write("unsafe.yaml", manifest("unsafe", "kernel.msgmax"))
+	n.Write("allowed.yaml", manifest("allowed", "net.core.somaxconn"))
+	n.WaitRunning("allowed")
+	node.Await(t, "its value", 20*second, func() bool { return n.OK("logs", node.PodName("allowed")) == "77\n" })
+	p := n.WaitPod("unsafe", "rejected", 20*second, func(p *v1.Pod) bool { return p.Status.Phase == v1.PodFailed })
+	if p.Status.Reason != "SysctlForbidden" || !strings.Contains(p.Status.Message, `"kernel.msgmax" not allowlisted`) {
+		t.Errorf("status: %+v", p.Status)
+	}
+	if out := n.OK("get", "pods"); !strings.Contains(out, "SysctlForbidden") && !strings.Contains(out, "ContainerCreating") {
+		t.Errorf("it is shown as %s", out)
+	}
 }

@@ -146,10 +146,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 	if len(hostIPs) == 0 {
 		hostIPs = kubelet.HostIPs()
 	}
-	backoff := pods.BackoffPolicy{}
-	if m := k.CrashLoopBackOff.MaxContainerRestartPeriod; m != nil {
-		backoff = pods.BackoffPolicy{Initial: min(10*time.Second, m.Duration), Max: m.Duration}
-	}
+	backoff := crashBackoff(cfg)
 	capacity := nodeCapacity()
 	return kubelet.Config{
 		DataDir: p.DataDir, RunDir: p.RunDir, CRISocket: p.CRISocket, ShimProgram: shimProgram(p.ShimPath), ShimUnit: p.ShimUnit,
@@ -185,10 +182,11 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 				Resources: cgroups.PodOptions{
 					NoCPUQuota: !*k.CPUCFSQuota, QuotaPeriod: uint64(k.CPUCFSQuotaPeriod.Microseconds()),
 					PIDs: *k.PodPidsLimit, MemoryCapacity: capacity.Memory().Value(), GroupOOM: groupOOM(k.SingleProcessOOMKill),
+					Swap: swap(k.MemorySwap.SwapBehavior), MemoryQoS: memoryQoS(cfg, capacity.Memory().Value()),
 				},
 			},
 			RecordDir: filepath.Join(p.DataDir, "pods"), Sources: []string{manifests.SourceName},
-			UserIDsPerPod: cfg.UserIDsPerPod(), Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
+			AllowedUnsafeSysctls: k.AllowedUnsafeSysctls, UserIDsPerPod: cfg.UserIDsPerPod(), Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
 			Log: part("pods"),
 		},
 	}
@@ -211,6 +209,48 @@ func shimProgram(name string) string {
 		return path
 	}
 	return name // starting it says what is missing
+}
+
+// crashBackoff of containers: upstream's 10 s to 300 s, or as configured
+// (KEP-4603).
+func crashBackoff(cfg *config.Config) pods.BackoffPolicy {
+	gates := cfg.Kubelet.FeatureGates
+	p := pods.BackoffPolicy{Initial: 10 * time.Second, Max: 300 * time.Second}
+	if gates["ReduceDefaultCrashLoopBackOffDecay"] {
+		p = pods.BackoffPolicy{Initial: time.Second, Max: time.Minute}
+	}
+	if on, set := gates["KubeletCrashLoopBackOffMax"]; set && !on {
+		return p
+	}
+	if m := cfg.Kubelet.CrashLoopBackOff.MaxContainerRestartPeriod; m != nil {
+		p.Max = m.Duration
+		p.Initial = min(p.Initial, p.Max)
+	}
+	return p
+}
+
+// swap of this machine, by memorySwap.swapBehavior.
+func swap(behavior string) cgroups.Swap {
+	s := cgroups.Swap{Unified: occgroups.IsCgroup2UnifiedMode(), Limited: behavior == "LimitedSwap"}
+	s.Controlled = cgroups.SwapControlled()
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err == nil {
+		s.Capacity = int64(info.Totalswap) * int64(info.Unit)
+	}
+	return s
+}
+
+// memoryQoS is nil unless the feature is on and the host has cgroup v2.
+func memoryQoS(cfg *config.Config, allocatable int64) *cgroups.MemoryQoS {
+	k := &cfg.Kubelet
+	if !k.FeatureGates["MemoryQoS"] || !occgroups.IsCgroup2UnifiedMode() {
+		return nil
+	}
+	q := &cgroups.MemoryQoS{Factor: 0.9, Allocatable: allocatable, Reserve: k.MemoryReservationPolicy == "TieredReservation"}
+	if k.MemoryThrottlingFactor != nil {
+		q.Factor = *k.MemoryThrottlingFactor
+	}
+	return q
 }
 
 // groupOOM is upstream's default for singleProcessOOMKill turned round: only

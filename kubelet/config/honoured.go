@@ -16,6 +16,7 @@ import (
 // stands for all below it. Whoever makes podd act on another one adds it here:
 // all others warn when they are set.
 var honoured = []string{
+	"allowedUnsafeSysctls",
 	"cgroupDriver",
 	"cgroupRoot",
 	"clusterDNS",
@@ -25,10 +26,16 @@ var honoured = []string{
 	"cpuCFSQuota",
 	"cpuCFSQuotaPeriod",
 	"crashLoopBackOff",
+	"featureGates.KubeletCrashLoopBackOffMax",
+	"featureGates.MemoryQoS",
+	"featureGates.ReduceDefaultCrashLoopBackOffDecay",
 	"fileCheckFrequency",
 	"logging.format",
 	"logging.verbosity",
 	"maxParallelImagePulls",
+	"memoryReservationPolicy",
+	"memorySwap",
+	"memoryThrottlingFactor",
 	"podCIDR",
 	"podLogsDir",
 	"podPidsLimit",
@@ -44,6 +51,7 @@ var honoured = []string{
 // usages are the help of upstream's flags that podd acts on. The others are
 // accepted and not shown.
 var usages = map[string]string{
+	"allowed-unsafe-sysctls":  "sysctls that pods may set besides the safe ones; * at the end stands for more",
 	"cgroup-driver":           "cgroupfs or systemd (default cgroupfs)",
 	"cgroup-root":             "cgroup that holds the pods' groups (default: the root)",
 	"cluster-dns":             "name servers for pods with dnsPolicy ClusterFirst",
@@ -145,6 +153,15 @@ func (c *Config) check(l *loader) error {
 	}
 	if d := k.CrashLoopBackOff.MaxContainerRestartPeriod; d != nil && (d.Seconds() < 1 || d.Seconds() > 300) {
 		return bad("kubelet.crashLoopBackOff.maxContainerRestartPeriod", "%s: want 1s to 300s", d.Duration)
+	}
+	if b := k.MemorySwap.SwapBehavior; b != "" && b != "NoSwap" && b != "LimitedSwap" {
+		return bad("kubelet.memorySwap.swapBehavior", "%q: want NoSwap or LimitedSwap", b)
+	}
+	if f := k.MemoryThrottlingFactor; f != nil && (*f <= 0 || *f > 1) {
+		return bad("kubelet.memoryThrottlingFactor", "%v: want more than 0 and at most 1", *f)
+	}
+	if m := k.MemoryReservationPolicy; m != "" && m != "None" && m != "TieredReservation" {
+		return bad("kubelet.memoryReservationPolicy", "%q: want None or TieredReservation", m)
 	}
 	if n := c.UserIDsPerPod(); n < 0 || n%65536 != 0 {
 		return bad("kubelet.userNamespaces.idsPerPod", "%d: want a multiple of 65536", n)

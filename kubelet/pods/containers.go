@@ -233,7 +233,7 @@ func (s *launch) start(ctx context.Context, id string) error {
 		return fmt.Errorf("status of container %s: %w", id, err)
 	}
 	inst := s.w.instance(resp.Status, s.sandbox.ID)
-	hook := s.c.Lifecycle != nil && s.c.Lifecycle.PostStart != nil
+	hook := hasPostStart(s.c)
 	l, c := s.l, s.c
 	s.w.post(func() {
 		l.epoch++

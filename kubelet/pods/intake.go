@@ -53,11 +53,28 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.change(l, pod)
 	}
 	l.lenient = false
+	if l.bare {
+		w.fill(l)
+	}
 	if !maps.Equal(was.Labels, pod.Labels) || !maps.Equal(was.Annotations, pod.Annotations) {
 		w.refreshVolumes(l) // of the downward API
 	}
 	w.allocate(l)
 }
+
+// fill in what only the source's spec tells of containers without a record:
+// their postStart hooks may not have been run.
+func (w *worker) fill(l *life) {
+	l.bare = false
+	for i := range l.o.Containers {
+		c := &l.o.Containers[i]
+		if cs := spec.Container(l.d.Pod, c.Name); cs != nil && c.State == status.Running && hasPostStart(cs) {
+			c.Starting = true
+		}
+	}
+}
+
+func hasPostStart(c *v1.Container) bool { return c.Lifecycle != nil && c.Lifecycle.PostStart != nil }
 
 // delete ends a pod whose source has set its deletionTimestamp, within the
 // deletionGracePeriodSeconds from now. What else it says does not matter any

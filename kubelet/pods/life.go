@@ -67,9 +67,12 @@ type recovered struct {
 	// of it meanwhile.
 	unseen bool
 	heard  *pending
+	// bare: there is no record, the pod's spec is what its containers tell.
+	bare bool
 	// lenient: the record is of another build, whose defaults may differ.
 	lenient  bool
 	restored map[string]probes.State // by container id, until probed
+	starting []string                // as in the record
 }
 
 // shown is what was published last.

@@ -233,7 +233,11 @@ func (w *worker) initial(l *life, c *status.Container) {
 	if cs = spec.Container(l.d.Pod, c.Name); cs == nil {
 		return
 	}
-	if r, ok := l.restored[c.ID]; ok {
+	// A hook that was cut off is run again, as is one of a container that has
+	// not even been recorded: at least once is what hooks are promised.
+	r, ok := l.restored[c.ID]
+	c.Starting = hasPostStart(cs) && (!ok || slices.Contains(l.starting, c.ID))
+	if ok {
 		c.Started, c.Ready = r.Started, r.Ready
 		return
 	}

@@ -316,7 +316,7 @@ func (p *planner) startUnless(gated bool, c *v1.Container, n *status.Container) 
 // gates says that a container with a postStart hook is on its way: one that
 // waits for its next try holds up nobody.
 func (p *planner) gates(c *v1.Container, n *status.Container) bool {
-	if c.Lifecycle == nil || c.Lifecycle.PostStart == nil {
+	if !hasPostStart(c) {
 		return false
 	}
 	if n != nil && n.State == status.Running {

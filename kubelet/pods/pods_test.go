@@ -28,6 +28,7 @@ type node struct {
 	objects *fakeObjects
 	events  *fakeEvents
 	dir     string
+	unsafe  []string // sysctls
 
 	table *Table
 	stop  func()
@@ -51,7 +52,7 @@ func (n *node) start() {
 	n.table = New(Config{
 		Node: spec.Node{Name: "n1", RootDir: n.dir, PodLogsDir: filepath.Join(n.dir, "log/pods"), HostIPs: []string{"192.0.2.1"},
 			Allocatable: v1.ResourceList{v1.ResourceCPU: resource.MustParse("4"), v1.ResourceMemory: resource.MustParse("8Gi")}},
-		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log,
+		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log, AllowedUnsafeSysctls: n.unsafe,
 	}, Deps{Runtime: n.rt, Images: n.rt, Volumes: n.vols, Objects: n.objects, Cgroups: n.groups, Events: n.events})
 	done := make(chan error, 1)
 	table := n.table

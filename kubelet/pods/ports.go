@@ -103,6 +103,12 @@ type Config struct {
 	// Audit is how often the runtime is asked for what events may have
 	// missed; 0: a minute.
 	Audit time.Duration
+	// AllowedUnsafeSysctls that pods may set besides the safe ones; a name, or
+	// a prefix that ends in *.
+	AllowedUnsafeSysctls []string
+	// Admit may refuse a pod before it begins: reason is that of the pod's
+	// status, "" admits it. nil admits all.
+	Admit func(*v1.Pod) (reason, message string)
 	// UserIDsPerPod with hostUsers: false, a multiple of 65536; 0: that.
 	UserIDsPerPod int64
 	// Probes limits the probes at once; see probes.Config.

@@ -106,6 +106,9 @@ func (l *life) record(build string) *record {
 				r.Probes = map[string]probes.State{}
 			}
 			r.Probes[c.ID] = probes.State{Started: c.Started, Ready: c.Ready}
+			if c.Starting {
+				r.Starting = append(r.Starting, c.ID)
+			}
 		}
 	}
 	return r

@@ -51,6 +51,8 @@ type record struct {
 	Actual    map[string]v1.ResourceRequirements `json:"actual,omitempty"`
 	PodActual *v1.Pod                            `json:"podActual,omitempty"`
 	Probes    map[string]probes.State            `json:"probes,omitempty"` // by container id
+	// Starting are the ids of containers whose postStart hook was not over.
+	Starting []string `json:"starting,omitempty"`
 }
 
 // records writes records behind: the worker hands over a value, a writer puts

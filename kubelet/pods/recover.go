@@ -62,6 +62,10 @@ func (t *Table) recover(ctx context.Context) error {
 		delete(recs, uid)
 	}
 	for uid, r := range recs {
+		if r.again() {
+			t.records.save(uid, nil)
+			continue
+		}
 		t.recoverPod(uid, r, nil, nil)
 	}
 	for _, w := range t.index.workers {
@@ -109,6 +113,7 @@ func (t *Table) listOnce(ctx context.Context) ([]*runtimeapi.PodSandbox, []*runt
 // recoverPod makes the life of one pod anew; t.mu is held. Its worker asks
 // for the details, all pods' side by side.
 func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.PodSandbox, containers []*runtimeapi.Container) {
+	bare := r == nil
 	lenient := r == nil || r.Build != t.cfg.Build
 	if r == nil {
 		r = t.skeleton(uid, sandboxes[0], containers)
@@ -138,6 +143,7 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	maps.Copy(l.o.Backoffs, r.Backoffs)
 	maps.Copy(l.o.Ended, r.Ended)
 	maps.Copy(l.restored, r.Probes)
+	l.starting, l.bare = r.Starting, bare
 	maps.Copy(l.applied, r.Applied)
 	l.sandboxPod = r.SandboxPod
 	if r.PodActual != nil || len(r.Actual) > 0 {

@@ -28,6 +28,7 @@ type Table struct {
 
 	records *records
 	userns  *userns
+	sysctls *Sysctls
 	probes  *probes.Scheduler
 	limits  limits
 	// ctx of everything that is under way; set by Run before any worker runs.
@@ -113,6 +114,9 @@ func (t *Table) Run(ctx context.Context) error {
 		return err
 	}
 	t.userns.ids = ids
+	if t.sysctls, err = AllowSysctls(t.cfg.AllowedUnsafeSysctls); err != nil {
+		return err
+	}
 	for _, dir := range []string{t.cfg.Node.PodLogsDir, filepath.Join(filepath.Dir(t.cfg.Node.PodLogsDir), "containers")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make the log directory (--pod-logs-dir): %w", err)

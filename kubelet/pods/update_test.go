@@ -1,10 +1,12 @@
 package pods
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
@@ -62,26 +64,22 @@ func TestRestartAllContainers(t *testing.T) {
 			t.Fatalf("status: %+v", n.get("web").Status)
 		}
 		live := n.rt.live("default/web")
-		seen := false
-		events := n.table.Watch(t.Context(), n.table.ResourceVersion())
+		n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return time.Second }
 		n.rt.exit(live["a"].id, 42)
-		after(10 * time.Second)
-		for _, ev := range drain(events) {
-			p := ev.Object.(*v1.Pod)
-			_, c := podutil.GetPodCondition(&p.Status, v1.AllContainersRestarting)
-			seen = seen || c != nil && c.Status == v1.ConditionTrue && c.Reason == "RestartAllContainersStarted"
-			if p.Status.Phase == v1.PodFailed || p.Status.Phase == v1.PodSucceeded {
-				t.Errorf("phase %s on the way", p.Status.Phase)
-			}
-		}
-		if !seen {
-			t.Error("the condition was never true")
-		}
+		after(time.Second / 2)
 		p := n.get("web")
+		if c := condition(p, v1.AllContainersRestarting); c == nil || c.Status != v1.ConditionTrue || c.Reason != "RestartAllContainersStarted" {
+			t.Errorf("condition on the way: %+v", c)
+		}
+		if p.Status.Phase != v1.PodRunning || podutil.IsPodReady(p) {
+			t.Errorf("on the way: phase %s, ready %v", p.Status.Phase, podutil.IsPodReady(p))
+		}
+		after(10 * time.Second)
+		p = n.get("web")
 		if !n.ready("web") || p.Status.Phase != v1.PodRunning {
 			t.Fatalf("not ready again: %+v", p.Status)
 		}
-		if _, c := podutil.GetPodCondition(&p.Status, v1.AllContainersRestarting); c == nil || c.Status != v1.ConditionFalse {
+		if c := condition(p, v1.AllContainersRestarting); c == nil || c.Status != v1.ConditionFalse {
 			t.Errorf("condition at the end: %+v", c)
 		}
 		for _, name := range []string{"init1", "side", "a", "b"} {
@@ -252,4 +250,109 @@ func TestImageChangeReplacesTheContainer(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestPostStartThatWasCutOffRunsAgain: a daemon that is killed while a hook
+// runs runs it once more, and one that has seen it end does not.
+func TestPostStartThatWasCutOffRunsAgain(t *testing.T) {
+	for _, recorded := range []time.Duration{0, time.Second} {
+		t.Run(recorded.String(), func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				calls := 0
+				n.rt.exec = func(ctx context.Context, _ string, _ []string) (int32, error) {
+					calls++
+					select {
+					case <-ctx.Done():
+						return 0, ctx.Err()
+					case <-time.After(30 * time.Second):
+						return 0, nil
+					}
+				}
+				pod := mkpod("web", "u1", func(p *v1.Pod) {
+					p.Spec.Containers[0].Lifecycle = &v1.Lifecycle{PostStart: &v1.LifecycleHandler{Exec: &v1.ExecAction{Command: []string{"hook"}}}}
+				})
+				n.table.SetPod("file", pod)
+				n.table.Synced("file")
+				after(time.Millisecond + recorded)
+				if calls != 1 || n.ready("web") {
+					t.Fatalf("%d hooks, ready %v", calls, n.ready("web"))
+				}
+				again := func() {
+					n.crash()
+					n.start()
+					n.table.SetPod("file", pod.DeepCopy())
+					n.table.Synced("file")
+				}
+				again()
+				after(10 * time.Second)
+				if calls != 2 || n.ready("web") {
+					t.Errorf("cut off: %d hooks, ready %v", calls, n.ready("web"))
+				}
+				after(time.Minute)
+				again()
+				after(time.Minute)
+				if calls != 2 || !n.ready("web") || n.rt.starts("default/web/a") != 1 {
+					t.Errorf("at the end: %d hooks, ready %v", calls, n.ready("web"))
+				}
+			})
+		})
+	}
+}
+
+func TestForbiddenSysctlsRejectThePod(t *testing.T) {
+	sysctls := func(names ...string) func(*v1.Pod) {
+		return func(p *v1.Pod) {
+			p.Spec.SecurityContext = &v1.PodSecurityContext{}
+			for _, name := range names {
+				p.Spec.SecurityContext.Sysctls = append(p.Spec.SecurityContext.Sysctls, v1.Sysctl{Name: name, Value: "1"})
+			}
+		}
+	}
+	host := func(p *v1.Pod) { p.Spec.HostNetwork, p.Spec.HostIPC = true, true }
+	s, err := AllowSysctls([]string{"kernel.msg*", "net.core.somaxconn"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		mods []func(*v1.Pod)
+		want string
+	}{
+		{mods(), ""},
+		{mods(sysctls("kernel.shm_rmid_forced", "net/ipv4/tcp_syncookies", "kernel.msgmax", "net.core.somaxconn")), ""},
+		{mods(sysctls("kernel.sem")), `forbidden sysctl: "kernel.sem" not allowlisted`},
+		{mods(sysctls("vm.swappiness")), `forbidden sysctl: "vm.swappiness" not allowlisted`},
+		{mods(sysctls("net.ipv4.tcp_syncookies"), host), `forbidden sysctl: "net.ipv4.tcp_syncookies" not allowed with host Net enabled`},
+		{mods(sysctls("kernel.msgmax"), host), `forbidden sysctl: "kernel.msgmax" not allowed with host IPC enabled`},
+	} {
+		if err := s.check(mkpod("p", "u", tc.mods...)); err == nil && tc.want != "" || err != nil && err.Error() != tc.want {
+			t.Errorf("got %v, want %q", err, tc.want)
+		}
+	}
+	if _, err := AllowSysctls([]string{"vm.*"}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a sysctl of no namespace: %v", err)
+	}
+	bubble(t, func(t *testing.T, n *node) {
+		pod := mkpod("web", "u1", sysctls("kernel.sem"))
+		n.table.SetPod("file", pod)
+		n.table.Synced("file")
+		after(time.Minute)
+		p := n.get("web")
+		if p.Status.Phase != v1.PodFailed || p.Status.Reason != "SysctlForbidden" || p.Status.Message != `Pod was rejected: forbidden sysctl: "kernel.sem" not allowlisted` ||
+			n.rt.count("sandboxes") != 0 || !n.events.has(`SysctlForbidden: forbidden sysctl: "kernel.sem" not allowlisted`) {
+			t.Errorf("status: %+v, events %v", p.Status, n.events.all)
+		}
+		// A daemon with other settings is asked again.
+		n.stop()
+		n.unsafe = []string{"kernel.sem"}
+		n.start()
+		n.table.SetPod("file", pod)
+		n.table.Synced("file")
+		after(time.Minute)
+		if !n.ready("web") {
+			t.Errorf("status: %+v", n.get("web").Status)
+		}
+		n.table.RemovePod("file", "u1")
+		after(time.Minute)
+		n.empty()
+	})
 }

@@ -140,6 +140,7 @@ func (w *worker) begin() bool {
 	l := newLife(n.source, n.pod)
 	w.lives = append(w.lives, l)
 	w.log.Info("pod begins", "uid", n.pod.UID, "source", n.source)
+	w.admit(l)
 	if n.pod.DeletionTimestamp != nil {
 		w.delete(l, n.source, n.pod)
 		w.publish(l) // so that its end is told

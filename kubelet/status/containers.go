@@ -3,6 +3,7 @@ package status
 import (
 	"sort"
 
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -16,6 +17,9 @@ const (
 	ContainerCreating = "ContainerCreating"
 	PodInitializing   = "PodInitializing"
 	StatusUnknown     = "ContainerStatusUnknown"
+	// Terminated is of containers that a stopped pod's were ended by SIGTERM or
+	// SIGKILL; upstream's word for pods that the node has stopped.
+	Terminated = "Terminated"
 	// RestartingAllContainers is of containers that were removed because one
 	// of the pod ended with a code for which all start anew (KEP-5532).
 	RestartingAllContainers = "RestartingAllContainers"
@@ -118,6 +122,12 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 			s.LastTerminationState = s.State
 		}
 		s.State = v1.ContainerState{Waiting: &w}
+	}
+	if t := s.State.Terminated; o.Note != nil && t != nil && t.Reason == "Error" && (t.ExitCode == 128+int32(unix.SIGTERM) || t.ExitCode == 128+int32(unix.SIGKILL)) {
+		// It ended because it was asked to.
+		ended := *t
+		ended.Reason = Terminated
+		s.State.Terminated = &ended
 	}
 	started := inst != nil && inst.State == Running && inst.Started && !inst.Starting
 	s.Started = &started
