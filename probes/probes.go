@@ -37,6 +37,8 @@ type Target struct {
 	// Restored is what was known before a restart of the daemon; nil for a
 	// container that has just started.
 	Restored *State
+	// Ending: only the readiness probe is run; see Scheduler.Ending.
+	Ending bool
 }
 
 // State of a container as its probes see it.

@@ -228,6 +228,71 @@ func TestOverloadDelays(t *testing.T) {
 	})
 }
 
+func TestEndingContainersAreAskedForReadinessAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ready := atomic.Bool{}
+		ready.Store(true)
+		var liveness, readiness atomic.Int32
+		x := &fake{fn: func(_ context.Context, _, cmd string) (int32, error) {
+			if cmd == "live" {
+				liveness.Add(1)
+				return 0, nil
+			}
+			readiness.Add(1)
+			if !ready.Load() {
+				return 1, nil
+			}
+			return 0, nil
+		}}
+		var last atomic.Pointer[Result]
+		s := New(Config{Exec: x, Events: &sink{}, Report: func(r Result) { last.Store(&r) }})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { s.Run(ctx); close(done) }()
+		defer func() { cancel(); <-done }()
+		probe := func(cmd string) *v1.Probe {
+			return &v1.Probe{ProbeHandler: v1.ProbeHandler{Exec: &v1.ExecAction{Command: []string{cmd}}}, PeriodSeconds: 1, TimeoutSeconds: 1, FailureThreshold: 1, SuccessThreshold: 1}
+		}
+		s.Add(Target{ID: "a", Container: &v1.Container{LivenessProbe: probe("live"), ReadinessProbe: probe("ready")}, Started: time.Now()})
+		time.Sleep(9500 * time.Millisecond) // between two probes
+		s.Ending("a")
+		was := liveness.Load()
+		if was < 9 || readiness.Load() < 9 {
+			t.Fatalf("%d and %d probes", was, readiness.Load())
+		}
+		ready.Store(false)
+		time.Sleep(10 * time.Second)
+		if liveness.Load() != was || readiness.Load() < 18 {
+			t.Errorf("%d liveness probes of an ending container, %d for readiness", liveness.Load()-was, readiness.Load())
+		}
+		if r := last.Load(); r == nil || r.Kind != Readiness || r.OK {
+			t.Errorf("last result %+v", r)
+		}
+	})
+}
+
+func TestRequestsSayWhoAsks(t *testing.T) {
+	action := &v1.HTTPGetAction{Path: "/x?y=1", Port: intstr.FromInt(80), Host: "example.test"}
+	for _, tc := range []struct {
+		headers []v1.HTTPHeader
+		agent   string
+		set     bool
+	}{
+		{nil, "kube-probe/1.36", true},
+		{[]v1.HTTPHeader{{Name: "user-agent", Value: "mine"}}, "mine", true},
+		{[]v1.HTTPHeader{{Name: "User-Agent", Value: ""}}, "", true},
+	} {
+		action.HTTPHeaders = tc.headers
+		req, err := Request(action, &v1.Container{}, "10.0.0.1", "probe")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, set := req.Header["User-Agent"]; set != tc.set || got[0] != tc.agent || req.URL.String() != "http://example.test:80/x?y=1" || req.Header.Get("Accept") != "*/*" {
+			t.Errorf("%v: %v to %s", tc.headers, req.Header, req.URL)
+		}
+	}
+}
+
 func TestRealProbers(t *testing.T) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/ok" || r.Header.Get("X-A") != "b" {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -66,7 +68,7 @@ func (p *probers) once(ctx context.Context, e *entry) (probe.Result, string, err
 	case h.Exec != nil:
 		return p.command(ctx, e.t.ID, expand(h.Exec.Command, c.Env), timeout)
 	case h.HTTPGet != nil:
-		req, err := httpprobe.NewRequestForHTTPGetAction(h.HTTPGet, c, e.t.PodIP, "probe")
+		req, err := Request(h.HTTPGet, c, e.t.PodIP, "probe")
 		if err != nil {
 			return probe.Unknown, "", err
 		}
@@ -89,6 +91,25 @@ func (p *probers) once(ctx context.Context, e *entry) (probe.Result, string, err
 		return p.grpc.Probe(e.t.PodIP, service, int(h.GRPC.Port), timeout)
 	}
 	return probe.Unknown, "", fmt.Errorf("%s probe of container %s names no handler: %w", e.kind, c.Name, errdefs.ErrInvalidArgument)
+}
+
+// version of upstream whose probes and hooks these are, for servers that go by
+// the user agent kube-probe/1.36.
+const version = "1.36"
+
+// Request of an httpGet action: purpose is "probe" or "lifecycle". ip is where
+// to when the action names no host.
+func Request(action *v1.HTTPGetAction, c *v1.Container, ip, purpose string) (*http.Request, error) {
+	req, err := httpprobe.NewRequestForHTTPGetAction(action, c, ip, purpose)
+	if err != nil {
+		return nil, err
+	}
+	own := func(h v1.HTTPHeader) bool { return http.CanonicalHeaderKey(h.Name) == "User-Agent" }
+	if !slices.ContainsFunc(action.HTTPHeaders, own) {
+		// Upstream's own takes it from the version that it was built with.
+		req.Header.Set("User-Agent", "kube-"+purpose+"/"+version)
+	}
+	return req, nil
 }
 
 // command of an exec probe: exit code 0 is success, any other failure, and so

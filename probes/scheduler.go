@@ -66,7 +66,7 @@ func (s *Scheduler) Add(t Target) {
 	s.targets[t.ID] = tg
 	if tg.started {
 		s.steady(tg)
-	} else {
+	} else if !t.Ending {
 		s.add(tg, Startup, c.StartupProbe)
 	}
 	s.poke()
@@ -87,16 +87,38 @@ func (s *Scheduler) drop(id string) {
 	}
 	delete(s.targets, id)
 	for _, e := range t.entries {
-		e.gone = true
-		if e.index >= 0 {
-			heap.Remove(&s.queue, e.index)
+		s.end(e)
+	}
+}
+
+// end one probe.
+func (s *Scheduler) end(e *entry) {
+	e.gone = true
+	if e.index >= 0 {
+		heap.Remove(&s.queue, e.index)
+	}
+}
+
+// Ending says that a container is about to end: it is not to be restarted any
+// more, but whether it is ready still counts until it is gone.
+func (s *Scheduler) Ending(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.targets[id]
+	if t == nil {
+		return
+	}
+	t.Ending = true
+	for _, e := range t.entries {
+		if e.kind != Readiness {
+			s.end(e)
 		}
 	}
 }
 
 // steady probes begin when the container has started.
 func (s *Scheduler) steady(t *target) {
-	if p := t.Container.LivenessProbe; p != nil {
+	if p := t.Container.LivenessProbe; p != nil && !t.Ending {
 		s.add(t, Liveness, p)
 	}
 	if p := t.Container.ReadinessProbe; p != nil {

@@ -17,6 +17,7 @@ import (
 	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
 
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/probes"
 )
 
 // hook is one run of a lifecycle handler.
@@ -95,7 +96,7 @@ func (h *hook) get(ctx context.Context) error {
 			return fmt.Errorf("pod has no address: %w", errdefs.ErrUnavailable)
 		}
 	}
-	req, err := httpprobe.NewRequestForHTTPGetAction(h.handler.HTTPGet, h.c, host, "lifecycle")
+	req, err := probes.Request(h.handler.HTTPGet, h.c, host, "lifecycle")
 	if err != nil {
 		return err
 	}

@@ -143,7 +143,7 @@ func (w *worker) stop(l *life, s Stop) {
 	}
 	l.d.Stop = &s
 	for id := range l.probed {
-		w.t.probes.Remove(id)
+		w.t.probes.Ending(id)
 	}
 	w.log.Info("pod stops", "uid", l.d.Pod.UID, "grace", s.Grace, "forget", s.Forget, "reason", s.Reason)
 }

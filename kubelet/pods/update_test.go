@@ -356,3 +356,57 @@ func TestForbiddenSysctlsRejectThePod(t *testing.T) {
 		n.empty()
 	})
 }
+
+// TestReadinessOfAPodThatEnds: it is probed on during preStop and grace period,
+// liveness is not.
+func TestReadinessOfAPodThatEnds(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		ending, live := false, 0
+		n.rt.exec = func(_ context.Context, _ string, cmd []string) (int32, error) {
+			switch {
+			case cmd[0] == "live" && ending:
+				live++
+				return 1, nil
+			case cmd[0] == "ready" && ending:
+				return 1, nil
+			}
+			return 0, nil
+		}
+		probe := func(cmd string) *v1.Probe {
+			return &v1.Probe{ProbeHandler: v1.ProbeHandler{Exec: &v1.ExecAction{Command: []string{cmd}}}, PeriodSeconds: 1, TimeoutSeconds: 1, FailureThreshold: 1, SuccessThreshold: 1}
+		}
+		n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return time.Hour }
+		pod := mkpod("web", "u1", ofAPI, func(p *v1.Pod) {
+			c := &p.Spec.Containers[0]
+			c.LivenessProbe, c.ReadinessProbe = probe("live"), probe("ready")
+			c.Lifecycle = &v1.Lifecycle{PreStop: &v1.LifecycleHandler{Sleep: &v1.SleepAction{Seconds: 20}}}
+		})
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(5 * time.Second)
+		if !n.ready("web") {
+			t.Fatal("not ready")
+		}
+		n.table.SetPod("api", deleted(pod, 60))
+		after(2 * time.Second)
+		if !n.ready("web") {
+			t.Error("it is not ready although its probe says so")
+		}
+		ending = true
+		after(2 * time.Second)
+		if n.ready("web") || live != 0 {
+			t.Errorf("ready %v, %d liveness probes", n.ready("web"), live)
+		}
+		n.stop()
+		n.start() // another daemon goes on with it
+		ending = false
+		n.table.SetPod("api", deleted(pod, 60))
+		n.table.Synced("file")
+		after(5 * time.Second)
+		if !n.ready("web") || live != 0 {
+			t.Errorf("after a restart: ready %v, %d liveness probes", n.ready("web"), live)
+		}
+		after(time.Minute)
+		n.empty()
+	})
+}

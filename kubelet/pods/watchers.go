@@ -6,11 +6,9 @@ import (
 	"github.com/podd-runtime/podd/probes"
 )
 
-// watch starts the probes of containers that have come up.
+// watch starts the probes of containers that have come up; of a pod that ends
+// only those of readiness.
 func (w *worker) watch(l *life) {
-	if l.d.Stop != nil {
-		return
-	}
 	for i := range l.o.Containers {
 		c := &l.o.Containers[i]
 		if c.State != status.Running || c.Starting || l.probed[c.ID] {
@@ -23,7 +21,8 @@ func (w *worker) watch(l *life) {
 		}
 		t := probes.Target{
 			ID: c.ID, Pod: l.d.Pod, Container: cs, Ref: spec.Ref(l.d.Pod, c.Name),
-			PodIP: firstIP(&w.t.cfg.Node, l.d.Pod, l.sandbox(c.Sandbox)), Started: c.StartedAt,
+			Ending: l.d.Stop != nil,
+			PodIP:  firstIP(&w.t.cfg.Node, l.d.Pod, l.sandbox(c.Sandbox)), Started: c.StartedAt,
 		}
 		if r, ok := l.restored[c.ID]; ok {
 			t.Restored = &r
