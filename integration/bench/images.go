@@ -45,7 +45,7 @@ func serveImages(work string) (*imageServer, error) {
 	}
 	payload := filepath.Join(root, "payload")
 	for _, args := range [][]string{
-		{"-nostdlib", "-static", "-Os", "-s", "-o", payload, filepath.Join(src, "programs", "payload.c")},
+		{"-nostdlib", "-static", "-Os", "-s", "-fno-builtin", "-o", payload, filepath.Join(src, "programs", "payload.c")},
 		{"-O2", "-o", filepath.Join(work, "floor"), filepath.Join(src, "programs", "floor.c")},
 	} {
 		if out, err := exec.Command("cc", args...).CombinedOutput(); err != nil {

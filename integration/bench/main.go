@@ -5,7 +5,7 @@
 // It runs as root in network and mount namespaces of its own (it enters them
 // itself), so that nothing it makes is left on the machine or reaches another.
 //
-//	bench -bin DIR -peers DIR [-pods 100] [-rounds 20] [-only start,burst,memory,cri]
+//	bench -bin DIR -peers DIR [-pods 100] [-rounds 20] [-only floor,start,burst,cri,exec,probes,flood,lines]
 package main
 
 import (
@@ -28,6 +28,8 @@ type options struct {
 	bin, peers, work string
 	pods, rounds     int
 	idle             time.Duration
+	probePeriod      time.Duration
+	flood            int64
 	only             string
 	nodes            string
 }
@@ -44,7 +46,9 @@ func main() {
 	flag.IntVar(&o.pods, "pods", 100, "pods dropped at once")
 	flag.IntVar(&o.rounds, "rounds", 20, "rounds of the single measurements")
 	flag.DurationVar(&o.idle, "idle", 30*time.Second, "how long idle CPU is observed")
-	flag.StringVar(&o.only, "only", "", "parts to run: floor,start,burst,cri (default all)")
+	flag.StringVar(&o.only, "only", "", "parts to run: floor,start,burst,cri,exec,probes,flood,lines (default all)")
+	flag.DurationVar(&o.probePeriod, "probe-period", time.Second, "period of the exec probes, in whole seconds")
+	flag.Int64Var(&o.flood, "flood", 1024, "MiB that one container writes to its log")
 	flag.StringVar(&o.nodes, "nodes", "podd,peer", "which to measure")
 	flag.Parse()
 	if os.Getenv("PODD_BENCH_INSIDE") == "" {

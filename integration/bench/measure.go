@@ -138,8 +138,18 @@ func measureNode(ctx context.Context, o options, n node, r *report) error {
 			return err
 		}
 	}
-	if o.runs("cri") {
-		return measureCRI(ctx, o, n, images, out, r)
+	for _, part := range []struct {
+		name    string
+		measure func(context.Context, options, node, *imageServer, string, *report) error
+	}{
+		{"cri", measureCRI}, {"exec", measureExec}, {"probes", measureProbes}, {"flood", measureFlood}, {"lines", measureLines},
+	} {
+		if !o.runs(part.name) {
+			continue
+		}
+		if err := part.measure(ctx, o, n, images, out, r); err != nil {
+			return fmt.Errorf("%s: %w", part.name, err)
+		}
 	}
 	return nil
 }

@@ -23,6 +23,9 @@ type node interface {
 	stop()
 	manifests() string
 	criSocket() string
+	// runtimeOnly keeps the agent off pods that were made through the CRI,
+	// which upstream's kubelet ends as unknown to it.
+	runtimeOnly() (end func())
 }
 
 // dirs of one node, below the scratch directory.
@@ -93,6 +96,8 @@ func (p *poddNode) name() string      { return "podd" }
 func (p *poddNode) manifests() string { return dir(p.o, "podd", "manifests") }
 func (p *poddNode) criSocket() string { return filepath.Join(p.o.work, "podd", "run", "podd.sock") }
 
+func (p *poddNode) runtimeOnly() func() { return func() {} }
+
 func (p *poddNode) start(ctx context.Context) error {
 	d := func(s string) string { return dir(p.o, "podd", s) }
 	cmd, err := launch(filepath.Join(p.o.work, "podd.log"), filepath.Join(p.o.bin, "podd"), "run",
@@ -100,6 +105,7 @@ func (p *poddNode) start(ctx context.Context) error {
 		"--pod-manifest-path", p.manifests(), "--pod-logs-dir", d("logs/pods"),
 		"--cni-conf-dir", d("cni"), "--registry-config-path", d("certs.d"),
 		"--cri-socket", p.criSocket(), "--cgroup-root", "/podd-bench-podd",
+		"--container-log-max-size", "100Gi", // containerd alone does not rotate either
 		"--hostname-override", "bench")
 	if err != nil {
 		return err
@@ -178,6 +184,11 @@ const cniConfig = `{"cniVersion":"1.0.0","name":"bench","plugins":[
 {"type":"bridge","bridge":"bench0","isGateway":true,"ipMasq":false,"hairpinMode":true,
  "ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"10.99.0.0/16"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
 {"type":"portmap","capabilities":{"portMappings":true}}]}`
+
+func (p *peerNode) runtimeOnly() func() {
+	p.kubelet.Process.Signal(syscall.SIGSTOP)
+	return func() { p.kubelet.Process.Signal(syscall.SIGCONT) }
+}
 
 func (p *peerNode) start(ctx context.Context) error {
 	d := func(s string) string { return dir(p.o, "peer", s) }

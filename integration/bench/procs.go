@@ -19,6 +19,7 @@ type process struct {
 	exe       string
 	state     string
 	cpu       time.Duration // user and system, of itself alone
+	children  time.Duration // of those it has waited for
 }
 
 func readProcess(pid int) (process, error) {
@@ -35,6 +36,10 @@ func readProcess(pid int) (process, error) {
 	user, _ := strconv.Atoi(fields[11])
 	system, _ := strconv.Atoi(fields[12])
 	p.cpu = time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100 on every Linux
+	for _, f := range fields[13:15] {
+		n, _ := strconv.Atoi(f)
+		p.children += time.Duration(n) * 10 * time.Millisecond
+	}
 	p.exe, _ = os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 	return p, nil
 }
@@ -87,4 +92,13 @@ func reapOrphans() {
 			}
 		}
 	}
+}
+
+// orphansCPU is what the processes used that this one has waited for.
+func orphansCPU() time.Duration {
+	self, err := readProcess(os.Getpid())
+	if err != nil {
+		return 0
+	}
+	return self.children
 }
