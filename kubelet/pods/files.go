@@ -90,40 +90,50 @@ func (s *launch) envFile(volume, path, key string) (string, bool, error) {
 	return parseEnv(data, key)
 }
 
-// parseEnv finds key in lines of KEY='value', as KEP-3721 defines them:
-// single quotes, comments only on lines of their own.
+// parseEnv finds key in lines of KEY='value', as KEP-3721 and upstream define
+// them: values in single quotes, over several lines too, taken literally; no
+// space around the name; comments on lines of their own or after a value. A
+// space after the = makes the value empty, as in a shell, and one that is empty
+// counts as not there.
 func parseEnv(data []byte, key string) (string, bool, error) {
-	rest := string(data)
-	for rest != "" {
-		line, after, _ := strings.Cut(rest, "\n")
-		trimmed := strings.TrimLeft(line, " \t")
-		if trimmed == "" || trimmed[0] == '#' {
-			rest = after
+	lines := strings.Split(strings.TrimSuffix(string(data), "\n"), "\n")
+	for i := 0; i < len(lines); i++ {
+		bad := func(what string) (string, bool, error) {
+			return "", false, fmt.Errorf("line %d: %s", i+1, what)
+		}
+		line := strings.TrimLeft(lines[i], " \t")
+		if line == "" || line[0] == '#' {
 			continue
 		}
-		name, value, ok := strings.Cut(trimmed, "=")
-		if !ok {
-			return "", false, fmt.Errorf("line %q has no =", line)
-		}
-		if strings.HasPrefix(value, "'") {
-			// The value goes on over lines up to the closing quote.
-			body := value[1:]
-			if end := strings.IndexByte(body, '\''); end >= 0 {
-				value = body[:end]
-				rest = after
-			} else {
-				end := strings.IndexByte(after, '\'')
-				if end < 0 {
-					return "", false, fmt.Errorf("value of %s has no closing quote", name)
-				}
-				value = body + "\n" + after[:end]
-				_, rest, _ = strings.Cut(after[end+1:], "\n")
+		name, value, ok := strings.Cut(line, "=")
+		switch {
+		case !ok:
+			return bad("it has no =")
+		case name == "":
+			return bad("it names no variable")
+		case strings.TrimRight(name, " \t") != name:
+			return bad("there is a space before the =")
+		case strings.TrimLeft(value, " \t") != value:
+			if name == key {
+				return "", false, nil
 			}
-		} else {
-			rest = after
+			continue
+		case !strings.HasPrefix(value, "'"):
+			return bad("the value is not in single quotes")
 		}
-		if strings.TrimSpace(name) == key {
-			return value, true, nil
+		value = value[1:]
+		for !strings.Contains(value, "'") {
+			if i++; i == len(lines) {
+				return "", false, fmt.Errorf("value of %s has no closing quote", name)
+			}
+			value += "\n" + lines[i]
+		}
+		value, rest, _ := strings.Cut(value, "'")
+		if rest = strings.TrimLeft(rest, " \t"); rest != "" && rest[0] != '#' {
+			return bad("something follows the closing quote")
+		}
+		if name == key {
+			return value, value != "", nil
 		}
 	}
 	return "", false, nil

@@ -89,18 +89,18 @@ func TestWriteShared(t *testing.T) {
 	}
 }
 
-func TestParseEnv(t *testing.T) {
-	file := "# comment\n\nA='1'\nB = two\nC='multi\nline'\nD=''\n"
+func TestParseEnvFiles(t *testing.T) {
+	const file = "# comment\n\n  A='1'\nC='multi\nline' # after\nD=''\nE= 'x'\nF='#\\n$x=\"'\n"
 	for _, tc := range []struct {
 		key, want string
 		found     bool
-	}{{"A", "1", true}, {"C", "multi\nline", true}, {"D", "", true}, {"Z", "", false}} {
+	}{{"A", "1", true}, {"C", "multi\nline", true}, {"D", "", false}, {"E", "", false}, {"F", "#\\n$x=\"", true}, {"Z", "", false}} {
 		got, found, err := parseEnv([]byte(file), tc.key)
 		if err != nil || got != tc.want || found != tc.found {
 			t.Errorf("%s is %q, %v, %v", tc.key, got, found, err)
 		}
 	}
-	for _, bad := range []string{"novalue\n", "A='open\n"} {
+	for _, bad := range []string{"novalue\n", "A='open\n", "A=1\n", "A ='1'\n", "='1'\n", "A='1'x\n", "A=\"1\"\n"} {
 		if _, _, err := parseEnv([]byte(bad), "Z"); err == nil {
 			t.Errorf("%q was taken", bad)
 		}

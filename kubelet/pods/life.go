@@ -169,8 +169,11 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 	o := &status.Observed{
 		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
 		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed,
-		Troubles: l.troubles,
-		Actual:   l.o.Actual, ResizePending: l.pending, ResizeInProgress: l.progress,
+		Troubles:      l.troubles,
+		ResizePending: l.pending, ResizeInProgress: l.progress,
+	}
+	if l.o.Resize != StepAbsent {
+		o.Actual = l.o.Actual // otherwise it is what the pod says
 	}
 	p := planner{d: &l.d, o: &l.o}
 	for c := range podutil.ContainerIter(&l.d.Pod.Spec, podutil.InitContainers|podutil.Containers) {

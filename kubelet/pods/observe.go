@@ -30,6 +30,12 @@ func (w *worker) instance(cs *runtimeapi.ContainerStatus, sandbox string) status
 	if cs.StartedAt != 0 {
 		c.StartedAt = time.Unix(0, cs.StartedAt)
 	}
+	if u := cs.GetUser().GetLinux(); u != nil {
+		c.User = &v1.ContainerUser{Linux: &v1.LinuxContainerUser{UID: u.Uid, GID: u.Gid, SupplementalGroups: u.SupplementalGroups}}
+	}
+	if cs.StopSignal != runtimeapi.Signal_RUNTIME_DEFAULT {
+		c.StopSignal = v1.Signal(spec.SignalName(cs.StopSignal))
+	}
 	switch cs.State {
 	case runtimeapi.ContainerState_CONTAINER_CREATED:
 		c.State = status.Created

@@ -84,6 +84,10 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 	switch {
 	case inst != nil:
 		fill(&s, inst)
+		if l := c.Lifecycle; l != nil && l.StopSignal != nil && inst.StopSignal != "" {
+			signal := inst.StopSignal
+			s.StopSignal = &signal
+		}
 		if inst.State == Running {
 			s.Resources = resources(c, o.Actual)
 		}
@@ -160,6 +164,7 @@ func fill(s *v1.ContainerStatus, c *Container) {
 	}
 	s.ImageID = c.ImageRef
 	s.RestartCount = max(s.RestartCount, c.Attempt)
+	s.User = c.User
 	switch {
 	case c.Starting && c.State != Exited:
 		// Upstream shows a container as running when its postStart hook is over.

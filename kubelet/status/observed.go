@@ -41,6 +41,11 @@ type Container struct {
 	Image    string // as the runtime reports it
 	ImageRef string // digested
 
+	// User that it was started as; nil: the runtime does not say.
+	User *v1.ContainerUser
+	// StopSignal as the runtime has it.
+	StopSignal v1.Signal
+
 	// Starting: the start, the postStart hook included, is not over yet.
 	Starting bool
 	// Started: running and past its startup probe.

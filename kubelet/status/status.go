@@ -5,6 +5,8 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	resourcehelper "k8s.io/component-helpers/resource"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
 )
 
@@ -27,6 +29,8 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 		Reason:                     old.Reason,
 		Message:                    old.Message,
 	}
+	s.AllocatedResources = resourcehelper.PodRequests(pod, resourcehelper.PodResourcesOptions{})
+	s.Resources = podResources(pod, o)
 	if len(pod.Spec.InitContainers) == 0 {
 		s.InitContainerStatuses = nil
 	}
@@ -49,6 +53,23 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 	addresses(pod, &s, o)
 	s.Conditions = conditions(pod, &s, o, old.Conditions, now)
 	return s
+}
+
+// podResources are what the pod's containers have together, or the pod by its
+// own resources.
+func podResources(pod *v1.Pod, o *Observed) *v1.ResourceRequirements {
+	if len(o.Actual) > 0 {
+		pod = pod.DeepCopy()
+		for c := range podutil.ContainerIter(&pod.Spec, podutil.InitContainers|podutil.Containers) {
+			if r, known := o.Actual[c.Name]; known {
+				c.Resources = r
+			}
+		}
+	}
+	return &v1.ResourceRequirements{
+		Requests: resourcehelper.PodRequests(pod, resourcehelper.PodResourcesOptions{}),
+		Limits:   resourcehelper.PodLimits(pod, resourcehelper.PodResourcesOptions{}),
+	}
 }
 
 // Over says that a pod of that phase has run to its end.

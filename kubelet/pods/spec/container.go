@@ -1,6 +1,8 @@
 package spec
 
 import (
+	"strings"
+
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -57,6 +59,11 @@ func stopSignal(c *v1.Container) runtimeapi.Signal {
 	}
 	name := signalName(string(*c.Lifecycle.StopSignal))
 	return runtimeapi.Signal(runtimeapi.Signal_value[name])
+}
+
+// SignalName is the API's name of CRI's signal.
+func SignalName(s runtimeapi.Signal) string {
+	return strings.NewReplacer("PLUS", "+", "MINUS", "-").Replace(s.String())
 }
 
 // signalName maps the API's SIGRTMIN+1 to CRI's SIGRTMINPLUS1.

@@ -377,6 +377,9 @@ func TestNames(t *testing.T) {
 	if got := Ref(p, "i").FieldPath; got != "spec.initContainers{i}" {
 		t.Error(got)
 	}
+	if got := SignalName(runtimeapi.Signal_SIGRTMAXMINUS2); got != "SIGRTMAX-2" {
+		t.Error(got)
+	}
 	if got := signalName("SIGRTMIN+3"); runtimeapi.Signal_value[got] != int32(runtimeapi.Signal_SIGRTMINPLUS3) {
 		t.Error(got)
 	}
