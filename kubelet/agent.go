@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
+	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -26,6 +27,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/server"
 	"github.com/podd-runtime/podd/kubelet/server/api"
+	"github.com/podd-runtime/podd/kubelet/shutdown"
 	"github.com/podd-runtime/podd/netns"
 	"github.com/podd-runtime/podd/systemd"
 	"github.com/podd-runtime/podd/volumes"
@@ -56,6 +58,8 @@ type Config struct {
 	Manifests manifests.Config
 	Events    events.Config
 	Pods      pods.Config
+	// Shutdown of the machine; no steps: it is not held up for pods.
+	Shutdown []shutdown.Step
 }
 
 // agent is everything that runs, as one holds it between start and stop.
@@ -120,6 +124,7 @@ func Run(ctx context.Context, cfg Config) error {
 	group.Go(func() error { return a.tellReady(ctx) })
 	group.Go(func() error { return a.keepAlive(ctx) })
 	group.Go(func() error { return a.tellStatus(ctx) })
+	group.Go(func() error { return a.heedShutdowns(ctx) })
 	context.AfterFunc(ctx, func() {
 		if context.Cause(outer) == ErrReload {
 			systemd.Reloading(a.log)
@@ -148,6 +153,19 @@ func (a *agent) tellReady(ctx context.Context) error {
 	a.log.Info("podd is ready", "node", a.cfg.NodeName, "manifests", a.cfg.Manifests.Dir, "cri", a.cfg.CRISocket, "version", a.cfg.Version)
 	systemd.Ready(a.log)
 	return nil
+}
+
+// heedShutdowns ends the pods in order before the machine goes down.
+func (a *agent) heedShutdowns(ctx context.Context) error {
+	if len(a.cfg.Shutdown) == 0 {
+		return nil
+	}
+	node := &v1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: a.cfg.NodeName, UID: types.UID(a.cfg.NodeName)}
+	return shutdown.Run(ctx, shutdown.Config{
+		Steps: a.cfg.Shutdown, Pods: a.table, Log: a.log,
+		Connect: func(ctx context.Context) (shutdown.Machine, error) { return systemd.OpenLogind(ctx) },
+		Event:   func(reason, message string) { a.events.Eventf(node, v1.EventTypeNormal, reason, "%s", message) },
+	})
 }
 
 // Drain stops every pod that runs in the directories of cfg, each within its

@@ -30,6 +30,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/shutdown"
 	"github.com/podd-runtime/podd/netns"
 	"github.com/podd-runtime/podd/systemd"
 	"github.com/podd-runtime/podd/volumes"
@@ -173,6 +174,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Log: part("volumes")},
 		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
 		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events")},
+		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
 		Pods: pods.Config{
 			Node: spec.Node{
 				Name: p.NodeName, RootDir: p.RootDir, PodLogsDir: k.PodLogsDir,

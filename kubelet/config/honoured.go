@@ -6,6 +6,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -43,6 +44,9 @@ var honoured = []string{
 	"runtimeRequestTimeout",
 	"seccompDefault",
 	"serializeImagePulls",
+	"shutdownGracePeriod",
+	"shutdownGracePeriodByPodPriority",
+	"shutdownGracePeriodCriticalPods",
 	"singleProcessOOMKill",
 	"staticPodPath",
 	"userNamespaces",
@@ -145,6 +149,22 @@ func (c *Config) check(l *loader) error {
 	}
 	if f := k.Logging.Format; f != "text" && f != "json" {
 		return bad("kubelet.logging.format", "%q: want text or json", f)
+	}
+	// As upstream validates them.
+	for name, d := range map[string]time.Duration{"shutdownGracePeriod": k.ShutdownGracePeriod.Duration, "shutdownGracePeriodCriticalPods": k.ShutdownGracePeriodCriticalPods.Duration} {
+		if d < 0 || d > 0 && d < time.Second {
+			return bad("kubelet."+name, "%s: want 0s or at least 1s", d)
+		}
+	}
+	if all, critical := k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration; critical > all {
+		return bad("kubelet.shutdownGracePeriodCriticalPods", "%s is more than shutdownGracePeriod, %s, of which it is a part", critical, all)
+	} else if all > 0 && len(k.ShutdownGracePeriodByPodPriority) > 0 {
+		return bad("kubelet.shutdownGracePeriodByPodPriority", "takes the place of shutdownGracePeriod and shutdownGracePeriodCriticalPods: set those to 0s")
+	}
+	for _, s := range k.ShutdownGracePeriodByPodPriority {
+		if s.ShutdownGracePeriodSeconds < 0 {
+			return bad("kubelet.shutdownGracePeriodByPodPriority", "shutdownGracePeriodSeconds: %d is negative", s.ShutdownGracePeriodSeconds)
+		}
 	}
 	for _, ip := range k.ClusterDNS {
 		if net.ParseIP(ip) == nil {

@@ -66,7 +66,7 @@ func TestPackagedConfiguration(t *testing.T) {
 	}
 
 	// What has no default of its own is an example: it is left out.
-	for _, name := range []string{"shutdownGracePeriodByPodPriority", "maxParallelImagePulls", "serializeImagePulls", "singleProcessOOMKill", "userNamespaces"} {
+	for _, name := range []string{"shutdownGracePeriodByPodPriority", "maxParallelImagePulls", "serializeImagePulls", "singleProcessOOMKill", "userNamespaces", "memorySwap", "featureGates"} {
 		shown = regexp.MustCompile(`(?m)^`+name+`:.*\n([- ].*\n)*`).ReplaceAllString(shown, "")
 	}
 	all := load(shown)

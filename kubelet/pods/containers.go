@@ -117,7 +117,7 @@ func targetOf(l *life, name string) string {
 }
 
 func (s *launch) run(ctx context.Context) error {
-	leave, err := s.w.t.limits.starts.enter(ctx)
+	leave, err := s.w.t.limits.starts.enter(ctx, critical(s.pod))
 	if err != nil {
 		return err
 	}

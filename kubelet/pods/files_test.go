@@ -123,23 +123,49 @@ func TestAttemptByLogs(t *testing.T) {
 func TestGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1)
-		leave, _ := g.enter(t.Context())
+		leave, _ := g.enter(t.Context(), false)
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
-		if _, err := g.enter(ctx); err == nil {
+		if _, err := g.enter(ctx, false); err == nil {
 			t.Fatal("two at once")
 		}
 		began := time.Now()
-		leave2, err := g.enter(t.Context())
+		leave2, err := g.enter(t.Context(), false)
 		if err != nil || time.Since(began) != 500*time.Millisecond {
 			t.Fatalf("entered after %s: a hanging start must give its place away after a second", time.Since(began))
 		}
 		leave() // late: its place is gone already
 		leave2()
-		leave3, _ := g.enter(t.Context())
+		leave3, _ := g.enter(t.Context(), false)
 		leave3()
-		if len(g.places) != 0 {
+		if g.free != 1 {
 			t.Fatal("a place is lost")
+		}
+	})
+}
+
+func TestUrgentStartsGoFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGate(1)
+		g.patience = time.Hour
+		leave, _ := g.enter(t.Context(), false)
+		order := make(chan bool, 3)
+		for _, urgent := range []bool{false, false, true} {
+			go func() {
+				leave, _ := g.enter(t.Context(), urgent)
+				order <- urgent
+				leave()
+			}()
+			synctest.Wait()
+		}
+		leave()
+		if !<-order {
+			t.Error("a usual start went before an urgent one")
+		}
+		<-order
+		<-order
+		if g.free != 1 {
+			t.Error("a place is lost")
 		}
 	})
 }

@@ -260,9 +260,10 @@ func (w *worker) fail(l *life, reason, message string) {
 
 // revive a pod that was down.
 func (w *worker) revive(l *life) {
-	if l.leaving() {
+	if l.leaving() || w.t.held.Load() {
 		return
 	}
+	l.undisrupt()
 	l.d.Stop, l.stopped, l.o.Completed, l.failed = nil, false, false, nil
 	l.status.Phase, l.status.Reason, l.status.Message = v1.PodPending, "", ""
 	clear(l.o.Kills)

@@ -25,6 +25,8 @@ type life struct {
 	// stopped by a user: it stays down until it changes or is restarted.
 	stopped bool
 	failed  *status.Cause // by the node, for good
+	// disrupted is why the node ended it, until it starts the next time.
+	disrupted *status.Cause
 	// troubles of its volumes, in words.
 	troubles []string
 
@@ -168,7 +170,7 @@ func sortContainers(cs []status.Container) {
 func (l *life) observed(hostIPs []string) *status.Observed {
 	o := &status.Observed{
 		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
-		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed,
+		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed, Disruption: l.disrupted,
 		Troubles:      l.troubles,
 		ResizePending: l.pending, ResizeInProgress: l.progress,
 	}

@@ -83,7 +83,7 @@ func (w *worker) callRunSandbox(ctx context.Context, l *life, pod *v1.Pod, attem
 	if err != nil {
 		return nil, err
 	}
-	leave, err := w.t.limits.starts.enter(ctx)
+	leave, err := w.t.limits.starts.enter(ctx, critical(pod))
 	if err != nil {
 		return nil, err
 	}

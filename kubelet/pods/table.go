@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -36,6 +37,7 @@ type Table struct {
 	ops       sync.WaitGroup // calls under way
 	running   sync.WaitGroup // workers
 	recovered chan struct{}  // closed by openUp
+	held      atomic.Bool    // see Hold
 	sweeper   *worker        // holds UIDs that are being cleaned up; never runs
 
 	mu sync.Mutex

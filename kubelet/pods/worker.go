@@ -132,7 +132,7 @@ func (w *worker) advance() {
 
 // begin the pod whose turn has come.
 func (w *worker) begin() bool {
-	if w.next == nil || !w.t.claim(w.next.pod.UID, w) {
+	if w.next == nil || w.t.held.Load() || !w.t.claim(w.next.pod.UID, w) {
 		return false
 	}
 	n := w.next

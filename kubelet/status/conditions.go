@@ -49,6 +49,9 @@ func conditions(pod *v1.Pod, s *v1.PodStatus, o *Observed, old []v1.PodCondition
 		own = append(own, c)
 	}
 	own = append(own, resizes(o)...)
+	if d := o.Disruption; d != nil {
+		own = append(own, v1.PodCondition{Type: v1.DisruptionTarget, Status: v1.ConditionTrue, Reason: v1.PodReasonTerminationByKubelet, Message: d.Message})
+	}
 	for i := range own {
 		c := &own[i]
 		if c.ObservedGeneration == 0 {

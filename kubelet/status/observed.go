@@ -92,6 +92,8 @@ type Observed struct {
 	restarting bool
 	// Troubles are the volumes whose filesystem does not answer, in words.
 	Troubles []string
+	// Disruption is why the node ended the pod although it was well.
+	Disruption *Cause
 	// Note is the status' reason and message without a change of phase.
 	Note *Cause
 }

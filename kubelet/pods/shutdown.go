@@ -1,0 +1,81 @@
+package pods
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/kubelet/status"
+)
+
+// Priorities of the classes that every cluster has, for static pods that name
+// one: nobody resolves it for them (k8s.io/kubernetes/pkg/apis/scheduling).
+const (
+	systemCritical     = 2_000_000_000
+	systemNodeCritical = systemCritical + 1000
+)
+
+// Priority of a pod: what it says, or what its class is worth everywhere.
+func Priority(pod *v1.Pod) int32 {
+	switch p := pod.Spec.Priority; {
+	case p != nil:
+		return *p
+	case pod.Spec.PriorityClassName == "system-node-critical":
+		return systemNodeCritical
+	case pod.Spec.PriorityClassName == "system-cluster-critical":
+		return systemCritical
+	}
+	return 0
+}
+
+// critical pods start before others where they compete.
+func critical(pod *v1.Pod) bool { return Priority(pod) >= systemCritical }
+
+// Hold keeps pods from being begun, and those that were stopped by Terminate
+// from beginning again, until it is told false: then all that should run runs.
+func (t *Table) Hold(on bool) {
+	t.held.Store(on)
+	if on {
+		return
+	}
+	for _, w := range t.all() {
+		w.post(func() {
+			for _, l := range w.lives {
+				if l.disrupted != nil {
+					w.revive(l)
+				}
+			}
+		})
+	}
+}
+
+// Terminate ends a pod that is in the way of the node's own plans and waits
+// until it is down or ctx ends. Its status is Failed for the cause, with the
+// condition DisruptionTarget (KEP-3329). It stays down until the daemon starts
+// the next time, or Hold ends.
+func (t *Table) Terminate(ctx context.Context, namespace, name string, grace time.Duration, cause status.Cause) error {
+	w := t.worker(namespace, name)
+	if w == nil {
+		return nil // it went by itself
+	}
+	return w.await(ctx, func(l *life) {
+		if l.leaving() {
+			w.stop(l, Stop{Grace: grace, Forget: true})
+			return
+		}
+		if !l.o.Completed && !l.stopped {
+			l.failed, l.disrupted = &cause, &cause
+		}
+		w.stop(l, Stop{Grace: grace, Reason: cause.Reason, Message: cause.Message, Failed: true})
+	})
+}
+
+// undisrupt forgets why the node ended the pod.
+func (l *life) undisrupt() {
+	l.disrupted = nil
+	l.status.Conditions = slices.DeleteFunc(slices.Clone(l.status.Conditions), func(c v1.PodCondition) bool {
+		return c.Type == v1.DisruptionTarget && c.Reason == v1.PodReasonTerminationByKubelet
+	})
+}

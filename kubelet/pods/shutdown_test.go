@@ -1,0 +1,63 @@
+package pods
+
+import (
+	"testing"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/kubelet/status"
+)
+
+// TestTerminate: a pod that ends because the node goes down says so, stays
+// down as no other begins, and is back with the next daemon, or when the
+// shutdown is called off.
+func TestTerminate(t *testing.T) {
+	for _, how := range []string{"next boot", "called off"} {
+		bubble(t, func(t *testing.T, n *node) {
+			n.set(mkpod("web", "u1"))
+			after(5 * time.Second)
+			n.table.Hold(true)
+			cause := status.Cause{Reason: "Terminated", Message: "going down"}
+			if err := n.table.Terminate(t.Context(), "default", "web", time.Second, cause); err != nil {
+				t.Fatal(err)
+			}
+			if len(n.rt.live("default/web")) != 0 {
+				t.Fatal("still running")
+			}
+			st := n.get("web").Status
+			if st.Phase != v1.PodFailed || st.Reason != "Terminated" || st.Message != "going down" || !disrupted(&st) {
+				t.Errorf("status %+v", st)
+			}
+			n.table.SetPod("file", mkpod("late", "u2"))
+			after(time.Minute)
+			if len(n.rt.live("default/web"))+len(n.rt.live("default/late")) != 0 {
+				t.Fatal("pods began while the node goes down")
+			}
+			if how == "called off" {
+				n.table.Hold(false)
+			} else {
+				n.stop()
+				n.start()
+				n.set(mkpod("web", "u1"))
+				n.table.SetPod("file", mkpod("late", "u2"))
+			}
+			after(5 * time.Second)
+			if !n.ready("web") || !n.ready("late") {
+				t.Fatalf("%s: %+v", how, n.get("web").Status)
+			}
+			if st := n.get("web").Status; st.Reason != "" || disrupted(&st) {
+				t.Errorf("%s: status still says why it ended: %+v", how, st)
+			}
+		})
+	}
+}
+
+func disrupted(st *v1.PodStatus) bool {
+	for _, c := range st.Conditions {
+		if c.Type == v1.DisruptionTarget && c.Status == v1.ConditionTrue {
+			return c.Reason == v1.PodReasonTerminationByKubelet
+		}
+	}
+	return false
+}
