@@ -41,6 +41,8 @@ type fakeRuntime struct {
 	// onTerm is how long a container takes to end after SIGTERM.
 	onTerm func(c *runtimeapi.ContainerConfig) time.Duration
 	stops  []string
+	// termCode is what containers exit with after SIGTERM.
+	termCode int32
 	// updates of resources in order, of pods' groups too; memory is what every
 	// container says it uses.
 	updates []string
@@ -68,7 +70,7 @@ type fakeContainer struct {
 func newFakeRuntime(images ...string) *fakeRuntime {
 	f := &fakeRuntime{
 		sandboxes: map[string]*fakeSandbox{}, containers: map[string]*fakeContainer{},
-		images: map[string]bool{}, started: map[string]int{}, calls: map[string]int{},
+		termCode: 143, images: map[string]bool{}, started: map[string]int{}, calls: map[string]int{},
 	}
 	for _, i := range images {
 		f.images[i] = true
@@ -317,7 +319,7 @@ func (f *fakeRuntime) StopContainer(ctx context.Context, r *runtimeapi.StopConta
 		wait = f.onTerm(c.cfg)
 	}
 	f.mu.Unlock()
-	code := int32(143)
+	code := f.termCode
 	if limit := time.Duration(r.Timeout) * time.Second; wait > limit {
 		wait, code = limit, 137
 	}

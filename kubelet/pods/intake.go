@@ -230,7 +230,7 @@ func (w *worker) compare(l *life, before *v1.Pod, lenient bool) {
 		l.o.SandboxChanged = differ(sandboxView(made), sandboxView(l.d.Pod), lenient)
 		l.sandboxPod = made
 	}
-	clear(l.o.Changed)
+	changed := map[string]bool{}
 	for i := range l.o.Containers {
 		name := l.o.Containers[i].Name
 		want := spec.Container(l.d.Pod, name)
@@ -243,12 +243,16 @@ func (w *worker) compare(l *life, before *v1.Pod, lenient bool) {
 		}
 		l.applied[name] = was
 		if differ(containerView(was), containerView(want), lenient) {
-			l.o.Changed[name] = true
+			// One of an apiserver that has ended is not started for it.
+			if n := l.o.newest(name); !fromAPI(l.d.Pod) || n.State != status.Exited || l.o.Changed[name] {
+				changed[name] = true
+			}
 			delete(l.o.Backoffs, name)
 			delete(l.o.Images, name)
 			delete(l.failures, name)
 		}
 	}
+	l.o.Changed = changed
 }
 
 // fail the pod for good, for a reason of the node's.

@@ -410,3 +410,94 @@ func TestReadinessOfAPodThatEnds(t *testing.T) {
 		n.empty()
 	})
 }
+
+// TestPhaseOfAPodThatWasDeleted goes by what its regular containers did of the
+// order to end, whatever its sidecars do.
+func TestPhaseOfAPodThatWasDeleted(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		regular, side time.Duration // from SIGTERM to the end
+		code          int32         // of the regular one
+		want          v1.PodPhase
+	}{
+		{"both end well", time.Second, time.Second, 0, v1.PodSucceeded},
+		{"the sidecar is killed", time.Second, time.Hour, 0, v1.PodSucceeded},
+		{"the regular one fails", time.Second, time.Second, 3, v1.PodFailed},
+		{"the regular one is killed", time.Hour, time.Second, 0, v1.PodFailed},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				n.rt.onTerm = func(c *runtimeapi.ContainerConfig) time.Duration {
+					if c.Metadata.Name == "side" {
+						return tc.side
+					}
+					return tc.regular
+				}
+				n.rt.termCode = tc.code
+				pod := mkpod("web", "u1", ofAPI, never, withInit("side"))
+				n.table.SetPod("api", pod)
+				n.table.Synced("file")
+				after(time.Second)
+				events := n.table.Watch(t.Context(), n.table.ResourceVersion())
+				n.table.SetPod("api", deleted(pod, 10))
+				after(time.Minute)
+				all := drain(events)
+				if len(all) == 0 || all[len(all)-1].Type != watch.Deleted {
+					t.Fatalf("%d events, none of them its end", len(all))
+				}
+				last := all[len(all)-1].Object.(*v1.Pod)
+				if last.Status.Phase != tc.want || containerStatusOf(last, "a").State.Terminated == nil || containerStatusOf(last, "side").State.Terminated == nil {
+					t.Errorf("phase %s, want %s: %+v", last.Status.Phase, tc.want, last.Status.ContainerStatuses)
+				}
+				if s := n.rt.stopped(); len(s) != 2 || s[0] != "a" {
+					t.Errorf("stopped in the order %v", s)
+				}
+				n.empty()
+			})
+		})
+	}
+}
+
+// TestDeletionInEveryPhase: a pod that is deleted while it begins goes at once
+// and leaves nothing.
+func TestDeletionInEveryPhase(t *testing.T) {
+	for _, during := range []string{"EnsureCgroup", "Setup", "RunPodSandbox", "RunPodSandbox!", "PullImage", "CreateContainer", "CreateContainer!", "StartContainer", "StartContainer!", "init", "postStart"} {
+		t.Run(during, func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				reached := make(chan struct{}, 100)
+				n.rt.setFault(func(ctx context.Context, call, _ string) error {
+					if call != during {
+						return nil
+					}
+					reached <- struct{}{}
+					<-ctx.Done() // hangs, and listens
+					return ctx.Err()
+				})
+				n.rt.exec = func(ctx context.Context, _ string, _ []string) (int32, error) {
+					reached <- struct{}{}
+					<-ctx.Done()
+					return 0, ctx.Err()
+				}
+				pod := mkpod("web", "u1", ofAPI, func(p *v1.Pod) {
+					p.Spec.Containers[0].Image = "img:9"
+					if during == "init" {
+						p.Spec.InitContainers = []v1.Container{container("init1")}
+						reached <- struct{}{}
+					}
+					p.Spec.Containers[0].Lifecycle = &v1.Lifecycle{PostStart: &v1.LifecycleHandler{Exec: &v1.ExecAction{Command: []string{"hook"}}}}
+				})
+				n.table.SetPod("api", pod)
+				n.table.Synced("file")
+				after(5 * time.Second)
+				if len(reached) == 0 {
+					t.Fatal("it never came so far")
+				}
+				n.table.SetPod("api", deleted(pod, 30))
+				after(time.Second)
+				n.rt.setFault(nil)
+				after(2 * time.Minute)
+				n.empty()
+			})
+		})
+	}
+}
