@@ -1,6 +1,8 @@
 package integration
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -215,5 +217,171 @@ func TestSysctlsThatAreNotAllowed(t *testing.T) {
 	}
 	if out := n.OK("get", "pods"); !strings.Contains(out, "SysctlForbidden") && !strings.Contains(out, "ContainerCreating") {
 		t.Errorf("it is shown as %s", out)
+	}
+}
+
+// TestOrderOfALife: init containers, sidecars with their startup probes, regular
+// containers and hooks begin and end in upstream's order.
+func TestOrderOfALife(t *testing.T) {
+	n := start(t)
+	dir := t.TempDir()
+	say := func(name string) string {
+		return "echo " + name + " begins >>/log/life; trap 'echo " + name + " ends >>/log/life; exit 0' TERM"
+	}
+	n.Write("life.yaml", strings.NewReplacer("DIR", dir, "IMAGE", busybox).Replace(`
+apiVersion: v1
+kind: Pod
+metadata: {name: life}
+spec:
+  terminationGracePeriodSeconds: 20
+  volumes: [{name: log, hostPath: {path: DIR}}]
+  initContainers:
+  - {name: init1, image: IMAGE, command: [sh, -c, "echo init1 begins >>/log/life; sleep 0.3; echo init1 ends >>/log/life"], volumeMounts: &log [{name: log, mountPath: /log}]}
+  - name: side1
+    image: IMAGE
+    restartPolicy: Always
+    command: [sh, -c, "`+say("side1")+`; sleep 0.3; echo side1 started >>/log/life; touch /up; while :; do sleep 0.1; done"]
+    startupProbe: {exec: {command: [test, -f, /up]}, periodSeconds: 1, failureThreshold: 30}
+    volumeMounts: *log
+  - name: side2
+    image: IMAGE
+    restartPolicy: Always
+    command: [sh, -c, "`+say("side2")+`; while :; do sleep 0.1; done"]
+    volumeMounts: *log
+  - {name: init2, image: IMAGE, command: [sh, -c, "echo init2 begins >>/log/life"], volumeMounts: *log}
+  containers:
+  - name: first
+    image: IMAGE
+    command: [sh, -c, "`+say("first")+`; while :; do sleep 0.1; done"]
+    lifecycle:
+      postStart: {exec: {command: [sh, -c, "sleep 0.5; echo first hooked >>/log/life"]}}
+      preStop: {exec: {command: [sh, -c, "echo first told >>/log/life"]}}
+    volumeMounts: *log
+  - name: second
+    image: IMAGE
+    command: [sh, -c, "`+say("second")+`; while :; do sleep 0.1; done"]
+    volumeMounts: *log
+`))
+	n.WaitPod("life", "ready", 60*second, func(p *v1.Pod) bool { return podutil.IsPodReady(p) })
+	n.Remove("life.yaml")
+	n.WaitGone(30 * second)
+	data, err := os.ReadFile(filepath.Join(dir, "life"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := string(data)
+	at := func(what string) int {
+		i := strings.Index(out, what+"\n")
+		if i < 0 {
+			t.Errorf("%q never happened: %q", what, out)
+		}
+		return i
+	}
+	for _, order := range [][]string{
+		{"init1 begins", "init1 ends", "side1 begins", "side1 started", "side2 begins"},
+		{"side1 started", "init2 begins", "first begins", "first hooked", "second begins"},
+		{"second begins", "first told", "first ends", "side2 ends", "side1 ends"},
+		{"second ends", "side2 ends"},
+	} {
+		for i := 1; i < len(order); i++ {
+			if at(order[i-1]) > at(order[i]) {
+				t.Errorf("%q comes before %q: %q", order[i], order[i-1], out)
+			}
+		}
+	}
+	if strings.Count(out, "begins") != 6 {
+		t.Errorf("something began twice: %q", out)
+	}
+}
+
+func TestProbesOfEveryKind(t *testing.T) {
+	n := start(t)
+	probe := func(kind, handler string) string {
+		return "    " + kind + ": {" + handler + ", periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 5}\n"
+	}
+	boxed := strings.NewReplacer(testserver, busybox, "    args: []\n", "    command: [sh, -c, \"touch /live; rm -f /ready; exec sleep 1000\"]\n")
+	n.Write("http.yaml", pod("http", "", "serve")+probe("livenessProbe", "httpGet: {path: /, port: 8080}")+probe("readinessProbe", "tcpSocket: {port: 8080}"))
+	n.Write("exec.yaml", boxed.Replace(pod("exec", ""))+probe("livenessProbe", "exec: {command: [test, -f, /live]}")+probe("readinessProbe", "exec: {command: [test, -f, /ready]}"))
+	n.Write("closed.yaml", pod("closed", "", "pause")+probe("readinessProbe", "grpc: {port: 4711}"))
+	n.Write("startup.yaml", pod("startup", "", "pause")+probe("startupProbe", "httpGet: {path: /, port: 8080}")+probe("livenessProbe", "exec: {command: [/false]}"))
+	n.WaitPod("http", "ready by its probes", 30*second, podutil.IsPodReady)
+	n.WaitPod("exec", "running, not ready", 30*second, func(p *v1.Pod) bool {
+		s := status(p)
+		return s.State.Running != nil && s.Started != nil && *s.Started && !s.Ready && p.Status.Phase == v1.PodRunning
+	})
+	n.OK("exec", node.PodName("exec"), "--", "touch", "/ready")
+	n.WaitPod("exec", "ready", 30*second, podutil.IsPodReady)
+	n.OK("exec", node.PodName("exec"), "--", "rm", "/live")
+	p := n.WaitPod("exec", "restarted by its liveness probe", 40*second, func(p *v1.Pod) bool { return status(p).RestartCount == 1 && status(p).State.Running != nil })
+	if last := status(p).LastTerminationState.Terminated; last == nil || last.ExitCode == 0 {
+		t.Errorf("last state: %+v", last)
+	}
+	p = n.WaitPod("startup", "restarted by its startup probe", 40*second, func(p *v1.Pod) bool { return status(p).RestartCount >= 1 })
+	if s := status(p); s.Ready || s.Started != nil && *s.Started {
+		t.Errorf("it counts as started: %+v", s)
+	}
+	if p, err := n.Pod("closed"); err != nil || podutil.IsPodReady(p) || status(p).RestartCount != 0 {
+		t.Errorf("a readiness probe that fails: %v, %+v", err, p)
+	}
+	out := n.OK("get", "events")
+	for _, want := range []string{"Liveness probe failed", "Readiness probe failed", "Startup probe failed", "failed liveness probe, will be restarted"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no event %q", want)
+		}
+	}
+}
+
+// TestManyEditsWithinTheGracePeriod: a static pod that is edited again and again
+// while its first version ends is the last version then, and no other.
+func TestManyEditsWithinTheGracePeriod(t *testing.T) {
+	n := start(t)
+	manifest := func(version string) string {
+		return strings.NewReplacer("    args: [\"stubborn\"]\n", "    args: [stubborn]\n    env: [{name: V, value: \""+version+"\"}]\n",
+			"terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 4").Replace(pod("edited", "", "stubborn"))
+	}
+	n.Write("edited.yaml", manifest("0"))
+	n.WaitRunning("edited")
+	first, err := n.Pod("edited")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []string{"1", "2", "3"} {
+		n.Write("edited.yaml", manifest(v))
+		node.Await(t, "the edit is read", 10*second, func() bool {
+			p, err := n.Pod("edited")
+			return err == nil && (p.DeletionTimestamp != nil || p.UID != first.UID)
+		})
+	}
+	n.WaitPod("edited", "the last version", 40*second, func(p *v1.Pod) bool {
+		return p.UID != first.UID && p.Spec.Containers[0].Env[0].Value == "3" && node.Running(p)
+	})
+	if c := strings.Count(n.OK("get", "events"), "Container started"); c > 3 {
+		t.Errorf("%d containers were started for four versions", c)
+	}
+}
+
+func TestEnvironmentFromAFile(t *testing.T) {
+	n := start(t)
+	n.Write("env.yaml", strings.ReplaceAll(`
+apiVersion: v1
+kind: Pod
+metadata: {name: env}
+spec:
+  restartPolicy: Never
+  volumes: [{name: config, emptyDir: {}}]
+  initContainers:
+  - {name: write, image: IMAGE, command: [sh, -c, "echo CONFIG_1=\\'value1\\' >/data/config.env; echo CONFIG_2=\\'value2\\' >>/data/config.env"], volumeMounts: [{name: config, mountPath: /data}]}
+  containers:
+  - name: main
+    image: IMAGE
+    command: [sh, -c, "echo $CONFIG_1 $CONFIG_2 ${NONE-unset}"]
+    env:
+    - {name: CONFIG_1, valueFrom: {fileKeyRef: {volumeName: config, path: config.env, key: CONFIG_1}}}
+    - {name: CONFIG_2, valueFrom: {fileKeyRef: {volumeName: config, path: config.env, key: CONFIG_2}}}
+    - {name: NONE, valueFrom: {fileKeyRef: {volumeName: config, path: config.env, key: NONE, optional: true}}}
+`, "IMAGE", busybox))
+	n.WaitPod("env", "done", 30*second, func(p *v1.Pod) bool { return p.Status.Phase == v1.PodSucceeded })
+	if out := n.OK("logs", node.PodName("env")); out != "value1 value2 unset\n" {
+		t.Errorf("environment: %q", out)
 	}
 }
