@@ -132,6 +132,10 @@ func newLog(cfg *config.Config) *slog.Logger {
 	var handler slog.Handler = slog.NewTextHandler(os.Stderr, options)
 	if cfg.Kubelet.Logging.Format == "json" {
 		handler = slog.NewJSONHandler(os.Stderr, options)
+	} else if systemd.Journaled() {
+		if journal, err := systemd.NewJournal(cfg.Podd.NodeName, options.Level); err == nil {
+			handler = journal
+		}
 	}
 	log := slog.New(handler)
 	slog.SetDefault(log) // for libraries
@@ -173,7 +177,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 		Cgroups:   cgroups.Config{Root: k.CgroupRoot, Driver: k.CgroupDriver, Owner: p.DataDir, Log: part("cgroups")},
 		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Log: part("volumes")},
 		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
-		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events")},
+		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events"), Tell: systemd.Journaled()},
 		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
 		Pods: pods.Config{
 			Node: spec.Node{

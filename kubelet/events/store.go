@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sort"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,6 +33,9 @@ type Config struct {
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 	Log *slog.Logger
+	// Tell has each new event of a pod logged, too: where the log goes to a
+	// journal, which finds all that concerns a pod.
+	Tell bool
 }
 
 // Store of events. It implements the Recorder of manifests, pods and probes.
@@ -125,6 +129,22 @@ func (s *Store) Eventf(ref *v1.ObjectReference, eventType, reason, format string
 	s.touch(e)
 	s.prune()
 	s.out.Publish(e.Name, watch.Event{Type: typ, Object: e.api(s.cfg.Component, s.cfg.Host)})
+	if s.cfg.Tell && typ == watch.Added && ref.Kind == "Pod" {
+		s.tell(ref, eventType, reason, k.message)
+	}
+}
+
+// tell the log of a new event.
+func (s *Store) tell(ref *v1.ObjectReference, eventType, reason, message string) {
+	level := slog.LevelInfo
+	if eventType == v1.EventTypeWarning {
+		level = slog.LevelWarn
+	}
+	attrs := []slog.Attr{slog.String("reason", reason), slog.String("message", message), slog.String("pod", ref.Namespace+"/"+ref.Name), slog.String("uid", string(ref.UID))}
+	if _, container, ok := strings.Cut(ref.FieldPath, "{"); ok {
+		attrs = append(attrs, slog.String("container", strings.TrimSuffix(container, "}")))
+	}
+	s.cfg.Log.LogAttrs(context.Background(), level, "event", attrs...)
 }
 
 // combine says whether one more message of this kind is one too many.

@@ -1,8 +1,10 @@
 package events
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -140,5 +142,24 @@ func TestLongMessageIsCut(t *testing.T) {
 	s.Eventf(ref, v1.EventTypeWarning, "Unhealthy", "%s", strings.Repeat("é", 2000))
 	if m := s.List("")[0].Message; len(m) > maxMessage || !strings.HasSuffix(m, "é...") {
 		t.Fatalf("%d bytes, ends %q", len(m), m[len(m)-8:])
+	}
+}
+
+// TestEventsAreTold: where that is asked for, a new event of a pod is logged
+// once, with what a journal finds it by.
+func TestEventsAreTold(t *testing.T) {
+	var out bytes.Buffer
+	s, err := Open(Config{Tell: true, Log: slog.New(slog.NewTextHandler(&out, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := &v1.ObjectReference{Kind: "Pod", Namespace: "default", Name: "web-n", UID: "u1", FieldPath: "spec.containers{main}"}
+	for range 3 {
+		s.Eventf(ref, v1.EventTypeWarning, "BackOff", "Back-off %s", "main")
+	}
+	s.Eventf(&v1.ObjectReference{Kind: "Node", Name: "n"}, v1.EventTypeNormal, "NodeShutdown", "bye")
+	const want = `level=WARN msg=event reason=BackOff message="Back-off main" pod=default/web-n uid=u1 container=main` + "\n"
+	if _, got, _ := strings.Cut(out.String(), " "); got != want {
+		t.Errorf("got  %swant %s", got, want)
 	}
 }
