@@ -295,7 +295,12 @@ func TestRequestsSayWhoAsks(t *testing.T) {
 
 func TestRealProbers(t *testing.T) {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/ok" || r.Header.Get("X-A") != "b" {
+		switch {
+		case r.URL.Path == "/local":
+			http.Redirect(w, r, "/no", http.StatusFound)
+		case r.URL.Path == "/away":
+			http.Redirect(w, r, "http://192.0.2.1/no", http.StatusFound)
+		case r.URL.Path != "/ok" || r.Header.Get("X-A") != "b":
 			w.WriteHeader(500)
 		}
 	}))
@@ -322,6 +327,8 @@ func TestRealProbers(t *testing.T) {
 		ok   bool
 	}{
 		{"http", v1.ProbeHandler{HTTPGet: get("/ok")}, true},
+		{"a redirect to this host is followed", v1.ProbeHandler{HTTPGet: get("/local")}, false},
+		{"one to another is not", v1.ProbeHandler{HTTPGet: get("/away")}, true},
 		{"http 500", v1.ProbeHandler{HTTPGet: get("/no")}, false},
 		{"tcp", v1.ProbeHandler{TCPSocket: &v1.TCPSocketAction{Port: intstr.FromString("web")}}, true},
 		{"tcp refused", v1.ProbeHandler{TCPSocket: &v1.TCPSocketAction{Port: intstr.FromInt(closed)}}, false},

@@ -289,6 +289,7 @@ func (p *planner) regular() {
 			p.startUnless(gated, c, n)
 		case n.State == status.Exited:
 			p.cancel(Action{Kind: PostStart, ID: n.ID}) // in vain now
+			p.cancel(Action{Kind: Hook, ID: n.ID})
 			if p.wanted(c, n) {
 				p.startUnless(gated, c, n)
 			}

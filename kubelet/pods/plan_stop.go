@@ -113,6 +113,7 @@ func (p *planner) endContainers(grace time.Duration) bool {
 	for i := range p.o.Containers {
 		c := &p.o.Containers[i]
 		if !c.Alive() {
+			p.cancel(Action{Kind: Hook, ID: c.ID}) // nobody is left to hear it
 			continue
 		}
 		none = false

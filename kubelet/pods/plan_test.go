@@ -191,6 +191,12 @@ func TestPlanInit(t *testing.T) {
 		{name: "a sidecar gates until it has started", mods: mods(withInit("side")), o: up().with(func() status.Container { c := running("side"); c.Started = false; return c }()), want: ""},
 		{name: "and lets on then", mods: mods(withInit("side")), o: up().with(running("side")), want: "start a"},
 		{name: "a sidecar that ends is started again beside the others", mods: mods(withInit("side")), o: up().with(exited("side", 0), running("a")), want: "start side"},
+		{name: "one that ends before the others begin, too, whatever the policy", mods: mods(never, withInit("side", "init1")), o: up().with(exited("side", 1)), want: "start side"},
+		{name: "one whose startup probe fails is ended, the next one waits", mods: mods(never, withInit("side", "init1")), o: up().with(func() status.Container { c := running("side"); c.Started = false; return c }()).set(func(o *Observed) {
+			o.Verdicts = map[string]Verdict{"side0": {Startup: true}}
+		}), want: "order side0 5s"},
+		{name: "another image does not end an init container that runs", mods: mods(withInit("init1")), o: up().with(running("init1")).set(func(o *Observed) { o.Changed = map[string]bool{"init1": true} }), want: ""},
+		{name: "it ends a sidecar that runs", mods: mods(withInit("side")), o: up().with(running("side"), running("a")).set(func(o *Observed) { o.Changed = map[string]bool{"side": true} }), want: "order side0 5s"},
 		{name: "init containers do not run again", mods: mods(withInit("init1")), o: up().with(running("a")), want: ""},
 		{name: "but they do in a new sandbox", mods: mods(withInit("init1")), o: up().with(exited("init1", 0), exited("a", 0)).set(func(o *Observed) {
 			o.Sandboxes = []Sandbox{{ID: "s1", Attempt: 1, Ready: true}, {ID: "s0", Stopped: true}}
@@ -427,6 +433,7 @@ func TestPlanStop(t *testing.T) {
 		{name: "until the grace period is over", d: g30, mods: mods(hooks), at: 30 * time.Second, o: up().with(running("a")).set(func(o *Observed) {
 			o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 30 * time.Second, HookDone: true}}
 		}).busy("hook/a0"), want: "cancel hook/a0"},
+		{name: "a hook of one that has ended is cancelled", d: g30, mods: mods(hooks), o: up().with(exited("a", 0)).busy("hook/a0"), want: "cancel hook/a0, stopsandbox s0"},
 		{name: "no hook without grace", d: stop(0, true), mods: mods(hooks), o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0}} }), want: "stop a0 2s"},
 		{name: "a shorter grace period comes in", d: stop(5*time.Second, true), o: up().with(running("a")).set(kill("a0")), want: "order a0 5s"},
 		{name: "and cuts a stop short", d: stop(5*time.Second, true), o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second}} }).busy("stop/a0"), want: "cancel stop/a0"},

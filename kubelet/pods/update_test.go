@@ -2,6 +2,9 @@ package pods
 
 import (
 	"context"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -9,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/apimachinery/pkg/watch"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -499,5 +503,50 @@ func TestDeletionInEveryPhase(t *testing.T) {
 				n.empty()
 			})
 		})
+	}
+}
+
+// TestPreStopOfAContainerThatEndsByItself does not hold up its pod's end.
+func TestPreStopOfAContainerThatEndsByItself(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		pod := mkpod("web", "u1", ofAPI, func(p *v1.Pod) {
+			p.Spec.Containers[0].Lifecycle = &v1.Lifecycle{PreStop: &v1.LifecycleHandler{Sleep: &v1.SleepAction{Seconds: 60}}}
+		})
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(time.Second)
+		n.table.SetPod("api", deleted(pod, 120))
+		after(5 * time.Second)
+		n.rt.exit(n.rt.live("default/web")["a"].id, 0)
+		after(5 * time.Second)
+		n.empty()
+	})
+}
+
+// TestHTTPHooks: over TLS nobody verifies, and a server that speaks plain HTTP
+// is asked so.
+func TestHTTPHooks(t *testing.T) {
+	var asked []string
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked = append(asked, r.URL.Path+" "+r.UserAgent()+" "+r.Header.Get("X-A"))
+	})
+	plain, secure := httptest.NewServer(handler), httptest.NewTLSServer(handler)
+	defer plain.Close()
+	defer secure.Close()
+	for _, tc := range []struct {
+		srv    *httptest.Server
+		scheme v1.URIScheme
+		warns  bool
+	}{{plain, v1.URISchemeHTTP, false}, {secure, v1.URISchemeHTTPS, false}, {plain, v1.URISchemeHTTPS, true}} {
+		host, port, _ := net.SplitHostPort(tc.srv.Listener.Addr().String())
+		asked = nil
+		warned := false
+		h := &hook{
+			pod: mkpod("web", "u1"), c: &v1.Container{Name: "a"}, ip: host, warn: func(reason, _ string) { warned = reason == "LifecycleHTTPFallback" },
+			handler: &v1.LifecycleHandler{HTTPGet: &v1.HTTPGetAction{Path: "/echo", Port: intstr.Parse(port), Scheme: tc.scheme, HTTPHeaders: []v1.HTTPHeader{{Name: "X-A", Value: "b"}}}},
+		}
+		if err := h.run(t.Context()); err != nil || warned != tc.warns || len(asked) != 1 || asked[0] != "/echo kube-lifecycle/1.36 b" {
+			t.Errorf("%s to %s: %v, asked %v, warned %v", tc.scheme, tc.srv.URL, err, asked, warned)
+		}
 	}
 }
