@@ -93,11 +93,19 @@ func (l *Logind) Delay(ctx context.Context, why string) (io.Closer, error) {
 	return os.NewFile(uintptr(fd), "inhibitor"), nil
 }
 
+// isLogind says whether a sender is logind: anybody may send a signal to one
+// connection, whatever that subscribed to.
+func (l *Logind) isLogind(ctx context.Context, sender string) bool {
+	var owner string
+	err := l.conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.GetNameOwner", 0, logindName).Store(&owner)
+	return err == nil && owner == sender
+}
+
 // Shutdowns tells true when the machine is about to go down and false when that
 // was called off. The channel closes when the connection or ctx ends.
 func (l *Logind) Shutdowns(ctx context.Context) (<-chan bool, error) {
 	const member = "PrepareForShutdown"
-	match := []dbus.MatchOption{dbus.WithMatchInterface(logindManager), dbus.WithMatchMember(member), dbus.WithMatchObjectPath(logindPath)}
+	match := []dbus.MatchOption{dbus.WithMatchSender(logindName), dbus.WithMatchInterface(logindManager), dbus.WithMatchMember(member), dbus.WithMatchObjectPath(logindPath)}
 	if err := l.conn.AddMatchSignalContext(ctx, match...); err != nil {
 		return nil, fmt.Errorf("subscribe to logind's %s: %w", member, err)
 	}
@@ -114,7 +122,7 @@ func (l *Logind) Shutdowns(ctx context.Context) (<-chan bool, error) {
 					return
 				}
 				var down bool
-				if s.Name != logindManager+"."+member || dbus.Store(s.Body, &down) != nil {
+				if s.Name != logindManager+"."+member || dbus.Store(s.Body, &down) != nil || !l.isLogind(ctx, s.Sender) {
 					continue
 				}
 				select {

@@ -155,7 +155,29 @@ func TestLogind(t *testing.T) {
 	if got := strings.Join(<-fake.asked, " "); got != "shutdown podd because delay" {
 		t.Errorf("Inhibit %s", got)
 	}
-	for _, want := range []bool{true, false} {
+	// Nobody else can tell of a shutdown, not even straight to our connection.
+	other, err := dbus.ConnectSystemBus()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	forged := &dbus.Message{Type: dbus.TypeSignal, Headers: map[dbus.HeaderField]dbus.Variant{
+		dbus.FieldPath: dbus.MakeVariant(dbus.ObjectPath(logindPath)), dbus.FieldInterface: dbus.MakeVariant(logindManager),
+		dbus.FieldMember: dbus.MakeVariant("PrepareForShutdown"), dbus.FieldDestination: dbus.MakeVariant(l.conn.Names()[0]),
+		dbus.FieldSignature: dbus.MakeVariant(dbus.SignatureOf(true)),
+	}, Body: []any{true}}
+	for _, forge := range []func() error{
+		func() error { return other.Emit(logindPath, logindManager+".PrepareForShutdown", true) },
+		func() error { return other.Send(forged, nil).Err },
+	} {
+		if err := forge(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := other.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil { // both have been routed
+		t.Fatal(err)
+	}
+	for _, want := range []bool{false, true, false} {
 		fake.prepare(want)
 		select {
 		case got, ok := <-shutdowns:

@@ -117,7 +117,7 @@ they find by --run-dir or $PODD_RUN_DIR.`,
 	)
 	add(groupPods, false, newStop(c, f, streams))
 	add(groupImages, true, newImages(c, streams), newPull(c, streams), newLoad(c, streams), newRmi(c, streams))
-	add(groupDaemon, false, newRun(), newCheck(streams))
+	add(groupDaemon, false, newDaemon("run [flags]", "Run the daemon"), newDaemon("preflight [flags]", "Look at this host before podd runs here"), newCheck(streams))
 	add(groupDaemon, true, newStatus(c, streams))
 	add(groupDaemon, false, newVersion(c, streams))
 	comp := completion.NewCmdCompletion(streams.Out, "")
@@ -181,11 +181,12 @@ func shorten(root *cobra.Command) {
 	}
 }
 
-// newRun hands over to the daemon's program, for those who call podd-cli itself.
-func newRun() *cobra.Command {
+// newDaemon is a command that the daemon's program has, for those who call
+// podd-cli itself.
+func newDaemon(use, short string) *cobra.Command {
 	return &cobra.Command{
-		Use:                "run [flags]",
-		Short:              "Run the daemon",
+		Use:                use,
+		Short:              short,
 		DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			self, err := os.Executable()
@@ -195,7 +196,7 @@ func newRun() *cobra.Command {
 			tried := []string{filepath.Join(filepath.Dir(self), "podd"), "/usr/bin/podd", "/usr/local/bin/podd"}
 			for _, p := range tried {
 				if _, err := os.Stat(p); err == nil {
-					return fmt.Errorf("%s: %w", p, syscall.Exec(p, append([]string{"podd", "run"}, args...), os.Environ()))
+					return fmt.Errorf("%s: %w", p, syscall.Exec(p, append([]string{"podd", cmd.Name()}, args...), os.Environ()))
 				}
 			}
 			return fmt.Errorf("the daemon's program is in none of %s", strings.Join(tried, ", "))

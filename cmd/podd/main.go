@@ -1,5 +1,5 @@
-// Command podd is the node agent. `podd run` is the daemon; every other verb is
-// podd-cli's, a program of its own beside this one because it links kubectl,
+// Command podd is the node agent. `podd run` is the daemon and `podd preflight`
+// looks at the host before it; every other verb is podd-cli's, a program of its own beside this one because it links kubectl,
 // which the daemon's memory would pay for.
 package main
 
@@ -41,6 +41,9 @@ func main() {
 			code = 1
 		}
 		os.Exit(code)
+	}
+	if len(os.Args) > 1 && os.Args[1] == "preflight" {
+		os.Exit(runPreflight(os.Args[2:]))
 	}
 	if err := execClient(os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "podd:", err)
