@@ -10,7 +10,8 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 DEPS := gcc libc6-dev libseccomp-dev pkg-config
 # And the tests: containers of the unit tests run busybox. nginx and redis are
 # unpacked from their packages, not installed, so that nothing is started.
-TESTDEPS := $(DEPS) busybox-static iproute2 nftables
+# dbus-daemon carries a private bus with a logind of the tests' own.
+TESTDEPS := $(DEPS) busybox-static iproute2 nftables dbus-daemon
 
 .DEFAULT_GOAL := help
 .PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration critest cluster-test node-test node-shell bench check deb install uninstall deps test-deps clean
