@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -315,9 +316,16 @@ func TestRemoveSparesVisitingThreads(t *testing.T) {
 		t.Fatal(err)
 	}
 	entered, leave, left := make(chan error), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(left)
+	var visit func()
+	visit = func() {
 		runtime.LockOSThread() // the thread ends with this goroutine
+		if unix.Gettid() == os.Getpid() {
+			go visit() // the main thread would be the whole process
+			<-left
+			runtime.UnlockOSThread()
+			return
+		}
+		defer close(left)
 		var err error
 		for _, h := range l.hierarchies {
 			if h.dir == l.of("freezer") {
@@ -327,7 +335,8 @@ func TestRemoveSparesVisitingThreads(t *testing.T) {
 		}
 		entered <- err
 		<-leave
-	}()
+	}
+	go visit()
 	if err := <-entered; err != nil {
 		close(leave)
 		t.Skipf("a thread cannot join the group: %v", err)

@@ -165,6 +165,9 @@ func New(t testing.TB, flags ...string) *Node {
 	return n
 }
 
+// Extra adds flags for the next start.
+func (n *Node) Extra(flags ...string) { n.extra = append(n.extra, flags...) }
+
 // Start makes a node and starts it.
 func Start(t testing.TB, flags ...string) *Node {
 	t.Helper()
@@ -518,8 +521,9 @@ func (n *Node) Processes(text string) map[int]bool {
 	return pids
 }
 
-// Await looks until cond holds, at most timeout on a quiet machine.
-func Await(t testing.TB, what string, timeout time.Duration, cond func() bool) {
+// Await looks until cond holds, at most timeout on a quiet machine. last tells
+// what was seen instead.
+func Await(t testing.TB, what string, timeout time.Duration, cond func() bool, last ...func() string) {
 	t.Helper()
 	timeout = Scale(timeout)
 	deadline := time.Now().Add(timeout)
@@ -527,7 +531,11 @@ func Await(t testing.TB, what string, timeout time.Duration, cond func() bool) {
 	defer tick.Stop()
 	for !cond() {
 		if time.Now().After(deadline) {
-			t.Fatalf("after %v: not %s", timeout, what)
+			seen := ""
+			for _, f := range last {
+				seen += ": " + f()
+			}
+			t.Fatalf("after %v: not %s%s", timeout, what, seen)
 		}
 		<-tick.C
 	}

@@ -9,6 +9,7 @@
 //	testserver env                   prints the environment and exits
 //	testserver write FILE TEXT       writes a file and does nothing until SIGTERM
 //	testserver stubborn              ignores SIGTERM
+//	testserver counted DIR COMMAND…  notes its start in DIR, then does COMMAND
 //
 // HTTP: /healthz, /env, /hostname, /pid, /file?path=, /get?url=, /exit?code=,
 // /write?path=&text=
@@ -16,11 +17,13 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -110,6 +113,16 @@ func run(args []string) error {
 		for {
 			time.Sleep(time.Hour)
 		}
+	case "counted":
+		if len(args) < 3 {
+			return errors.New("counted: want a directory and a command")
+		}
+		unlock, err := count(args[1])
+		if err != nil {
+			return err
+		}
+		defer unlock()
+		return run(args[2:])
 	case "env":
 		fmt.Println(strings.Join(os.Environ(), "\n"))
 	case "write":
@@ -121,6 +134,34 @@ func run(args []string) error {
 		return fmt.Errorf("unknown command %q", cmd)
 	}
 	return nil
+}
+
+// count notes one start in dir: a line in a file named by $POD_UID. Whoever
+// finds $POD_NAME's lock held runs beside another of its name, and says so in
+// the file "double". The lock lives as long as this process.
+func count(dir string) (unlock func() error, err error) {
+	uid, name := os.Getenv("POD_UID"), os.Getenv("POD_NAME")
+	note := func(file, text string) error {
+		f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString(text + "\n") // one write a line: whole lines only
+		return errors.Join(err, f.Close())
+	}
+	if err := note("start."+uid, name+" "+os.Getenv("VERSION")+" "+time.Now().Format(time.RFC3339Nano)); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, "lock."+name), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		if err := note("double", name+" "+uid+" "+os.Getenv("VERSION")); err != nil {
+			return nil, err
+		}
+	}
+	return lock.Close, nil
 }
 
 func serve(addr string) error {
