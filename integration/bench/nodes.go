@@ -115,7 +115,9 @@ func (p *poddNode) start(ctx context.Context) error {
 }
 
 func (p *poddNode) stop() {
-	stop := exec.Command(filepath.Join(p.o.bin, "podd"), "stop", "--all")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	stop := exec.CommandContext(ctx, filepath.Join(p.o.bin, "podd"), "stop", "--all")
 	stop.Env = append(os.Environ(), "PODD_RUN_DIR="+filepath.Join(p.o.work, "podd", "run"))
 	stop.Run()
 	terminate(p.cmd)
