@@ -220,6 +220,12 @@ func (w *worker) await(ctx context.Context, f func(*life)) error {
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("pod %s is not down yet: %w", w.key, ctx.Err())
+	case <-w.ended:
+		// Retired before it looked: nothing is left under the name.
+		if w.t.ctx.Err() == nil {
+			return nil
+		}
+		return fmt.Errorf("pod %s: the daemon ends: %w", w.key, errdefs.ErrUnavailable)
 	case <-w.t.ctx.Done():
 		return fmt.Errorf("pod %s: the daemon ends: %w", w.key, errdefs.ErrUnavailable)
 	}

@@ -454,6 +454,23 @@ func TestHooks(t *testing.T) {
 	})
 }
 
+// TestStopOfRetiredWorker: a stop that meets a pod's last moment ends with it.
+func TestStopOfRetiredWorker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		n.start()
+		defer n.stop()
+		n.set(mkpod("web", "u1"))
+		after(5 * time.Second)
+		w := n.table.worker("default", "web")
+		n.table.RemovePod("file", "u1")
+		<-w.ended
+		if err := w.await(t.Context(), func(*life) { t.Error("asked a retired worker") }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func (n *node) waitGone(name string) {
 	for i := 0; i < 600; i++ {
 		if _, ok := n.table.Get("default", name); !ok {
