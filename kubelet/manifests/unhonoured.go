@@ -27,7 +27,6 @@ func unhonoured(pod *v1.Pod) (found []Problem) {
 	say(s.SchedulerName != "" && s.SchedulerName != v1.DefaultSchedulerName, spec.Child("schedulerName"), scheduling)
 	say(len(s.SchedulingGates) > 0, spec.Child("schedulingGates"), scheduling)
 	say(s.SchedulingGroup != nil, spec.Child("schedulingGroup"), scheduling)
-	say(s.Overhead != nil, spec.Child("overhead"), "podd has no runtime classes with overhead")
 	if sc := s.SecurityContext; sc != nil {
 		say(sc.WindowsOptions != nil, spec.Child("securityContext", "windowsOptions"), "this is Linux")
 		say(sc.SELinuxChangePolicy != nil, spec.Child("securityContext", "seLinuxChangePolicy"), "volumes are relabelled, not mounted with a label, yet")

@@ -170,7 +170,7 @@ func (s *launch) config(ctx context.Context) (*runtimeapi.ContainerConfig, func(
 	if err != nil {
 		return nil, nil, err
 	}
-	env, err := node.Environment(s.pod, s.c, spec.EnvSources{Objects: deps.Objects, PodIPs: s.sandbox.IPs, File: s.envFile})
+	env, err := node.Environment(s.pod, s.c, spec.EnvSources{Objects: deps.Objects, PodIPs: s.sandbox.IPs, File: s.envFile, Services: deps.Services})
 	if err != nil {
 		return nil, nil, err
 	}

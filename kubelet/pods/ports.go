@@ -78,6 +78,12 @@ type Deps struct {
 	Objects spec.Objects
 	Cgroups cgroups.Pods
 	Events  Recorder
+	// Services are the variables of a cluster's services, see
+	// spec.EnvSources; nil without a cluster.
+	Services func(namespace string, links bool) (map[string]string, error)
+	// RuntimeClass gives the runtime handler of a RuntimeClass; nil: the node
+	// knows none.
+	RuntimeClass func(name string) (handler string, err error)
 }
 
 // Config of a Table.

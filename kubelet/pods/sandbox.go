@@ -14,6 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
 
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/status"
 )
 
@@ -83,6 +84,10 @@ func (w *worker) callRunSandbox(ctx context.Context, l *life, pod *v1.Pod, attem
 	if err != nil {
 		return nil, err
 	}
+	handler, err := w.t.handler(pod)
+	if err != nil {
+		return nil, err
+	}
 	leave, err := w.t.limits.starts.enter(ctx, critical(pod))
 	if err != nil {
 		return nil, err
@@ -91,7 +96,7 @@ func (w *worker) callRunSandbox(ctx context.Context, l *life, pod *v1.Pod, attem
 	if err := os.MkdirAll(cfg.LogDirectory, 0o755); err != nil {
 		return nil, fmt.Errorf("make the log directory of pod %s: %w", pod.Name, err)
 	}
-	resp, err := w.t.deps.Runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg})
+	resp, err := w.t.deps.Runtime.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: cfg, RuntimeHandler: handler})
 	if err != nil {
 		return nil, err
 	}
@@ -100,6 +105,22 @@ func (w *worker) callRunSandbox(ctx context.Context, l *life, pod *v1.Pod, attem
 		return nil, fmt.Errorf("status of sandbox %s: %w", resp.PodSandboxId, err)
 	}
 	return toSandbox(st.Status), nil
+}
+
+// handler of the pod's RuntimeClass; "" is the runtime's default.
+func (t *Table) handler(pod *v1.Pod) (string, error) {
+	name := pod.Spec.RuntimeClassName
+	if name == nil || *name == "" {
+		return "", nil
+	}
+	if t.deps.RuntimeClass == nil {
+		return "", fmt.Errorf("pod %s: runtimeClassName %q: RuntimeClass %q not found: %w", spec.Desc(pod), *name, *name, errdefs.ErrNotFound)
+	}
+	handler, err := t.deps.RuntimeClass(*name)
+	if err != nil {
+		return "", fmt.Errorf("pod %s: runtimeClassName %q: %w", spec.Desc(pod), *name, err)
+	}
+	return handler, nil
 }
 
 func toSandbox(st *runtimeapi.PodSandboxStatus) *Sandbox {

@@ -12,6 +12,7 @@ import (
 	resourceapi "k8s.io/kubernetes/pkg/api/v1/resource"
 	podshelper "k8s.io/kubernetes/pkg/apis/core/pods"
 	"k8s.io/kubernetes/pkg/fieldpath"
+	"k8s.io/kubernetes/pkg/kubelet/envvars"
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
 )
 
@@ -26,13 +27,17 @@ type Objects interface {
 type Env struct {
 	order  []string
 	values map[string]string
+	// services are variables of services, behind all others.
+	services map[string]string
 }
 
 // Get is the value of a variable, "" when there is none.
 func (e *Env) Get(name string) string { return e.values[name] }
 
 // Expand replaces $(VAR) references; unknown ones stay as they are.
-func (e *Env) Expand(s string) string { return expansion.Expand(s, expansion.MappingFuncFor(e.values)) }
+func (e *Env) Expand(s string) string {
+	return expansion.Expand(s, expansion.MappingFuncFor(e.values, e.services))
+}
 
 func (e *Env) expandAll(in []string) []string {
 	if len(in) == 0 {
@@ -66,11 +71,45 @@ type EnvSources struct {
 	PodIPs  []string
 	// VolumePath of a volume on the host, for fileKeyRef.
 	File func(volume, path, key string) (value string, found bool, err error)
+	// Services gives the variables of the services of a namespace; links is
+	// the pod's enableServiceLinks: without it only the API server's are meant.
+	// nil: there is no cluster.
+	Services func(namespace string, links bool) (map[string]string, error)
+}
+
+// ServiceVariables are those that pods of a namespace get for services, of all
+// namespaces: NAME_SERVICE_HOST and so on for those with an address.
+func ServiceVariables(services []*v1.Service, namespace string, links bool) map[string]string {
+	const master = "kubernetes" // the API server, for every pod
+	chosen := map[string]*v1.Service{}
+	for _, s := range services {
+		switch {
+		case s.Spec.ClusterIP == "" || s.Spec.ClusterIP == v1.ClusterIPNone:
+		case s.Namespace == v1.NamespaceDefault && s.Name == master:
+			if chosen[s.Name] == nil { // the namespace's own comes before it
+				chosen[s.Name] = s
+			}
+		case s.Namespace == namespace && links:
+			chosen[s.Name] = s
+		}
+	}
+	out := map[string]string{}
+	for _, v := range envvars.FromServices(slices.Collect(maps.Values(chosen))) {
+		out[v.Name] = v.Value
+	}
+	return out
 }
 
 // Environment of a container: envFrom first, env over it, as upstream does.
 func (n *Node) Environment(pod *v1.Pod, c *v1.Container, src EnvSources) (*Env, error) {
 	e := &Env{values: map[string]string{}}
+	if src.Services != nil {
+		var err error
+		links := pod.Spec.EnableServiceLinks == nil || *pod.Spec.EnableServiceLinks
+		if e.services, err = src.Services(pod.Namespace, links); err != nil {
+			return nil, err
+		}
+	}
 	for i := range c.EnvFrom {
 		if err := envFrom(e, pod.Namespace, &c.EnvFrom[i], src.Objects); err != nil {
 			return nil, err
@@ -91,6 +130,11 @@ func (n *Node) Environment(pod *v1.Pod, c *v1.Container, src EnvSources) (*Env, 
 			}
 		default:
 			e.set(v.Name, "")
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(e.services)) {
+		if _, own := e.values[name]; !own {
+			e.set(name, e.services[name])
 		}
 	}
 	return e, nil

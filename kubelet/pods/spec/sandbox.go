@@ -16,9 +16,6 @@ import (
 // Sandbox returns the configuration of the pod's sandbox; warn receives what
 // had to be left out, as an event's reason and message.
 func (n *Node) Sandbox(pod *v1.Pod, attempt uint32, cgroupParent string, warn func(reason, message string)) (*runtimeapi.PodSandboxConfig, error) {
-	if rc := pod.Spec.RuntimeClassName; rc != nil && *rc != "" {
-		return nil, fmt.Errorf("pod %s: runtimeClassName %q: RuntimeClass %q not found: %w", Desc(pod), *rc, *rc, errdefs.ErrNotFound)
-	}
 	dns, err := n.DNS.Pod(pod, warn)
 	if err != nil {
 		return nil, err
@@ -35,6 +32,7 @@ func (n *Node) Sandbox(pod *v1.Pod, attempt uint32, cgroupParent string, warn fu
 			SecurityContext: sandboxSecurity(pod),
 			Sysctls:         sysctls(pod),
 			Resources:       n.sandboxResources(pod),
+			Overhead:        n.overhead(pod),
 		},
 	}
 	if !pod.Spec.HostNetwork {
@@ -48,6 +46,16 @@ func (n *Node) Sandbox(pod *v1.Pod, attempt uint32, cgroupParent string, warn fu
 // sandboxResources tell runtimes that size a sandbox what the pod may use.
 func (n *Node) sandboxResources(pod *v1.Pod) *runtimeapi.LinuxContainerResources {
 	return cgroups.ForCRI(cgroups.ResourceConfigForPod(pod, n.Resources))
+}
+
+// overhead of the pod's sandbox (KEP-688); it is in the pod's group, too.
+func (n *Node) overhead(pod *v1.Pod) *runtimeapi.LinuxContainerResources {
+	if len(pod.Spec.Overhead) == 0 {
+		return nil
+	}
+	c := &v1.Container{Resources: v1.ResourceRequirements{Requests: pod.Spec.Overhead, Limits: pod.Spec.Overhead}}
+	r := cgroups.ResourceConfigForContainer(&v1.Pod{Spec: v1.PodSpec{Containers: []v1.Container{*c}}}, c, n.Resources)
+	return &runtimeapi.LinuxContainerResources{CpuPeriod: r.CpuPeriod, CpuQuota: r.CpuQuota, CpuShares: r.CpuShares, MemoryLimitInBytes: r.MemoryLimitInBytes}
 }
 
 func sysctls(pod *v1.Pod) map[string]string {

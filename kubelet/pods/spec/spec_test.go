@@ -117,6 +117,42 @@ func TestEnvironment(t *testing.T) {
 	}
 }
 
+func TestServiceVariables(t *testing.T) {
+	service := func(namespace, name, ip string) *v1.Service {
+		return &v1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}, Spec: v1.ServiceSpec{
+			ClusterIP: ip, Ports: []v1.ServicePort{{Name: "web", Port: 80, Protocol: v1.ProtocolTCP}},
+		}}
+	}
+	services := []*v1.Service{
+		service("default", "kubernetes", "10.96.0.1"), service("ns", "my-db", "10.96.0.2"),
+		service("ns", "headless", "None"), service("other", "theirs", "10.96.0.3"),
+	}
+	n := node()
+	src := EnvSources{Services: func(namespace string, links bool) (map[string]string, error) {
+		return ServiceVariables(services, namespace, links), nil
+	}}
+	for _, links := range []bool{true, false} {
+		p := pod(func(p *v1.Pod) {
+			p.Spec.EnableServiceLinks = &links
+			p.Spec.Containers[0].Env = []v1.EnvVar{{Name: "KUBERNETES_SERVICE_PORT", Value: "mine"}, {Name: "URL", Value: "http://$(MY_DB_SERVICE_HOST)"}}
+		})
+		e, err := n.Environment(p, &p.Spec.Containers[0], src)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]string{"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "mine", "THEIRS_SERVICE_HOST": "", "HEADLESS_SERVICE_HOST": ""}
+		want["MY_DB_SERVICE_HOST"], want["MY_DB_PORT_80_TCP"], want["URL"] = "", "", "http://$(MY_DB_SERVICE_HOST)"
+		if links {
+			want["MY_DB_SERVICE_HOST"], want["MY_DB_PORT_80_TCP"], want["URL"] = "10.96.0.2", "tcp://10.96.0.2:80", "http://10.96.0.2"
+		}
+		for name, value := range want {
+			if got := e.Get(name); got != value {
+				t.Errorf("links %v: %s is %q, want %q", links, name, got, value)
+			}
+		}
+	}
+}
+
 func TestDNS(t *testing.T) {
 	conf := filepath.Join(t.TempDir(), "resolv.conf")
 	os.WriteFile(conf, []byte("# x\nnameserver 10.1.1.1\nsearch old.example\nsearch corp.example. .\noptions ndots:2 timeout:1\noptions ndots:3\n"), 0o644)
