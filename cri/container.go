@@ -68,6 +68,8 @@ type containerStatus struct {
 	Reason     string `json:"reason,omitempty"`
 	Message    string `json:"message,omitempty"`
 	PID        int    `json:"pid,omitempty"`
+	// MemoryPeak of a container that was OOM-killed, in bytes.
+	MemoryPeak uint64 `json:"memoryPeak,omitempty"`
 }
 
 // imageOf is the image a container was made from. It outlives the image's
@@ -195,6 +197,7 @@ func (s *Service) markExited(c *container, e *shim.Exit, pid int) {
 	c.status.FinishedAt = e.At.UnixNano()
 	c.status.ExitCode = int32(e.Code)
 	c.status.Reason, c.status.Message = exitReason(e)
+	c.status.MemoryPeak = e.MemoryPeak
 	s.persistSoon(c)
 	close(c.exited)
 	s.events.emit(event{id: c.id, sandboxID: c.sandboxID, kind: runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT})

@@ -75,7 +75,7 @@ func (s *Service) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStat
 // containerInfo is what crictl inspect shows beyond the status.
 func (s *Service) containerInfo(c *container) (map[string]string, error) {
 	c.mu.Lock()
-	pid, removing, spec := c.status.PID, c.removing, c.spec
+	pid, removing, spec, peak := c.status.PID, c.removing, c.spec, c.status.MemoryPeak
 	running := c.state == runtimeapi.ContainerState_CONTAINER_RUNNING
 	c.mu.Unlock()
 	if !running {
@@ -98,7 +98,8 @@ func (s *Service) containerInfo(c *container) (map[string]string, error) {
 		Runtime     string                      `json:"runtimeType"`
 		Config      *runtimeapi.ContainerConfig `json:"config"`
 		RuntimeSpec *specs.Spec                 `json:"runtimeSpec"`
-	}{c.sandboxID, pid, removing, c.id, "overlayfs", s.rootfsPath(c.id), "podd-shim", c.config, spec})
+		MemoryPeak  uint64                      `json:"memoryPeak,omitempty"`
+	}{c.sandboxID, pid, removing, c.id, "overlayfs", s.rootfsPath(c.id), "podd-shim", c.config, spec, peak})
 }
 
 // ListContainers returns the containers that match the filter.

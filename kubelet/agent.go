@@ -109,7 +109,7 @@ func Run(ctx context.Context, cfg Config) error {
 		NodeName: cfg.NodeName, Version: cfg.Version,
 		Pods: podAPI{a.table}, Events: a.events, Objects: a.source,
 		Containers: a.cri, Images: a.images, Problems: a.source.Problems,
-		Shim: a.shim.Info, Shutdown: cancel, Log: a.log,
+		Shim: a.shim.Info, Shutdown: cancel, Explain: a.explain, Log: a.log,
 	})
 
 	group, ctx := errgroup.WithContext(ctx)

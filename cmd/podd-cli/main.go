@@ -19,7 +19,6 @@ import (
 	"k8s.io/kubectl/pkg/cmd/attach"
 	"k8s.io/kubectl/pkg/cmd/completion"
 	"k8s.io/kubectl/pkg/cmd/cp"
-	"k8s.io/kubectl/pkg/cmd/describe"
 	"k8s.io/kubectl/pkg/cmd/events"
 	"k8s.io/kubectl/pkg/cmd/exec"
 	"k8s.io/kubectl/pkg/cmd/get"
@@ -104,7 +103,7 @@ they find by --run-dir or $PODD_RUN_DIR.`,
 	}
 	add(groupPods, true,
 		get.NewCmdGet("podd", f, streams),
-		describe.NewCmdDescribe("podd", f, streams),
+		newDescribe(c, f, streams),
 		logs.NewCmdLogs(f, streams),
 		exec.NewCmdExec(f, streams),
 		attach.NewCmdAttach(f, streams),
@@ -115,7 +114,7 @@ they find by --run-dir or $PODD_RUN_DIR.`,
 		wait.NewCmdWait(f, streams),
 		newStart(c, f, streams), newRestart(c, f, streams),
 	)
-	add(groupPods, false, newStop(c, f, streams))
+	add(groupPods, false, newStop(c, f, streams), newWhy(c, f, streams))
 	add(groupImages, true, newImages(c, streams), newPull(c, streams), newLoad(c, streams), newRmi(c, streams))
 	add(groupDaemon, false, newDaemon("run [flags]", "Run the daemon"), newDaemon("preflight [flags]", "Look at this host before podd runs here"), newCheck(streams))
 	add(groupDaemon, true, newStatus(c, streams))

@@ -84,6 +84,9 @@ type Exit struct {
 	At     time.Time `json:"at"`
 	// OOMKilled: the kernel's OOM killer acted in the container's cgroup.
 	OOMKilled bool `json:"oomKilled,omitempty"`
+	// MemoryPeak is the most memory that the container has used, in bytes; only
+	// of one that was OOM-killed. 0: not known.
+	MemoryPeak uint64 `json:"memoryPeak,omitempty"`
 }
 
 // Process is the state of a sandbox's pause or a container's init.

@@ -33,6 +33,7 @@ func (s *Server) ownRoutes(m *http.ServeMux) {
 		writeJSON(w, http.StatusOK, &out)
 		return nil
 	}))
+	m.HandleFunc("GET "+api.Prefix+"/why", short(s.why))
 	m.HandleFunc("GET "+api.Prefix+"/images", short(s.images))
 	m.HandleFunc("POST "+api.Prefix+"/images", long(s.pull))
 	m.HandleFunc("PUT "+api.Prefix+"/images", long(s.load))

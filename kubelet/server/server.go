@@ -95,6 +95,8 @@ type Config struct {
 	Images     Images
 	// Problems tells the manifests that are not in force; nil: none.
 	Problems func() []manifests.Problem
+	// Explain a pod; nil: not supported.
+	Explain Explainer
 	// Shim asks podd-shim about itself; nil: unknown.
 	Shim func(ctx context.Context) (*shim.Info, error)
 	// Node is the node object; nil: one with name and addresses only.

@@ -490,7 +490,9 @@ func (c *container) onExit(exit shim.Exit) {
 			s.log.Warn("kill left-over processes", "id", c.rec.Process.ID, "error", err)
 		}
 	}
-	exit.OOMKilled = c.oom.killed()
+	if exit.OOMKilled = c.oom.killed(); exit.OOMKilled {
+		exit.MemoryPeak = c.oom.peak()
+	}
 	drained := c.out.finish()
 	c.mu.Lock()
 	made := !c.rec.Making

@@ -146,6 +146,22 @@ func (o *oomWatch) killed() bool {
 	return o.total
 }
 
+// peak is the most memory that the cgroup has used: memory.peak on v2 (Linux
+// 5.19), memory.max_usage_in_bytes on v1.
+func (o *oomWatch) peak() uint64 {
+	if o == nil || o.path == "" {
+		return 0
+	}
+	for _, name := range []string{"memory.peak", "memory.max_usage_in_bytes"} {
+		if text, err := os.ReadFile(filepath.Join(o.path, name)); err == nil {
+			if n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64); err == nil {
+				return n
+			}
+		}
+	}
+	return 0
+}
+
 func (o *oomWatch) close() {
 	if o == nil {
 		return

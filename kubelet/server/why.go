@@ -1,0 +1,81 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/podd-runtime/podd/kubelet/server/api"
+)
+
+// Explainer says why a pod is as it is. It is bounded in time by itself.
+type Explainer func(ctx context.Context, pod *v1.Pod) api.Diagnosis
+
+// why explains one pod (?namespace=…&name=…), or those that are not fine, of
+// one namespace or of all, and the manifests that gave no pod.
+func (s *Server) why(w http.ResponseWriter, r *http.Request) error {
+	if s.cfg.Explain == nil {
+		return apierrors.NewMethodNotSupported(resource("why"), "get")
+	}
+	q := r.URL.Query()
+	namespace, name := q.Get("namespace"), q.Get("name")
+	out := api.Diagnoses{Items: []api.Diagnosis{}}
+	if name != "" {
+		p, ok := s.cfg.Pods.Get(namespace, name)
+		if !ok { // people know their pods by the name in the manifest
+			p, ok = s.cfg.Pods.Get(namespace, name+"-"+s.cfg.NodeName)
+		}
+		if ok {
+			out.Items = append(out.Items, s.cfg.Explain(r.Context(), p))
+			writeJSON(w, http.StatusOK, &out)
+			return nil
+		}
+		out.Problems = s.manifestProblems(strings.TrimSuffix(name, "-"+s.cfg.NodeName))
+		if len(out.Problems) == 0 {
+			_, err := s.kinds[0].get(namespace, name) // with its hint
+			if err == nil {
+				err = fmt.Errorf("pod %s/%s is just going", namespace, name)
+			}
+			return err
+		}
+		writeJSON(w, http.StatusOK, &out)
+		return nil
+	}
+	for _, p := range s.cfg.Pods.List() {
+		if namespace != "" && p.Namespace != namespace {
+			continue
+		}
+		if d := s.cfg.Explain(r.Context(), p); len(d.Findings) > 0 {
+			out.Items = append(out.Items, d)
+		}
+	}
+	out.Problems = s.manifestProblems("")
+	writeJSON(w, http.StatusOK, &out)
+	return nil
+}
+
+// manifestProblems are diagnoses of manifests that are not in force. With a
+// name, those of files that speak of it come alone, if there are any.
+func (s *Server) manifestProblems(name string) (out []api.Diagnosis) {
+	if s.cfg.Problems == nil {
+		return nil
+	}
+	var others []api.Diagnosis
+	for _, p := range problems(s.cfg.Problems()) {
+		d := api.Diagnosis{Name: p.File, Findings: []api.Finding{p.Finding()}}
+		d.Summary = d.Findings[0].Message
+		if name == "" || strings.Contains(p.File[strings.LastIndex(p.File, "/")+1:], name) || strings.Contains(p.Message, name) {
+			out = append(out, d)
+		} else {
+			others = append(others, d)
+		}
+	}
+	if len(out) == 0 {
+		return others
+	}
+	return out
+}
