@@ -313,7 +313,7 @@ func (x *explainer) takenOver() {
 // terminating: what a pod that is to go still waits for.
 func (x *explainer) terminating() {
 	p := x.Pod
-	f := api.Finding{Level: api.Waiting, Reason: "Terminating", Subject: "pod", Next: nil}
+	f := api.Finding{Level: api.Waiting, Reason: "Terminating", Subject: "pod"}
 	var parts []string
 	for _, list := range [][]v1.ContainerStatus{p.Status.ContainerStatuses, p.Status.InitContainerStatuses, p.Status.EphemeralContainerStatuses} {
 		for i := range list {
@@ -332,7 +332,6 @@ func (x *explainer) terminating() {
 			parts = append(parts, part)
 		}
 	}
-	f.Remedy = "podd delete has no say here: podd stop --grace-period=0 " + p.Name + " kills it at once"
 	f.Remedy = "wait, or end it at once: podd stop --grace-period=0 " + p.Name
 	if len(parts) == 0 {
 		f.Remedy = ""
