@@ -29,8 +29,8 @@ type container struct {
 	s      *Server
 	op     opLock
 	out    *output
-	exited chan struct{} // closed after the exit was recorded
-	shared atomic.Pointer[execBase]
+	exited chan struct{}            // closed after the exit was recorded
+	shared atomic.Pointer[execBase] // set by the first exec
 
 	mu    sync.Mutex
 	rec   record
