@@ -100,7 +100,6 @@ func run(ctx context.Context, o options) (err error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return err
 	}
-	go reapOrphans()
 	if o.work == "" {
 		if o.work, err = os.MkdirTemp("", "podd-bench-"); err != nil {
 			return err
@@ -118,6 +117,7 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer images.close()
+	go reapOrphans() // and not the compiler, which is waited for
 
 	report := &report{}
 	defer report.print(os.Stdout) // what there is, also when a part fails
