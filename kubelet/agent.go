@@ -225,7 +225,7 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	}
 	a.onClose("network", a.network.Close)
 	objects := &localObjects{}
-	cfg.Volumes.Objects = objects
+	cfg.Volumes.Objects, cfg.Volumes.Claims = objects, objects
 	a.volumes = volumes.New(cfg.Volumes)
 	cfg.CRI.Resolve = a.volumes.Resolve
 	if a.cri, err = cri.New(cfg.CRI, a.shim, a.images, a.network); err != nil {

@@ -228,10 +228,6 @@ func (v *Volumes) measureVolume(ctx context.Context, pod *v1.Pod, root *dir, tab
 	if err != nil || vol.plugin() == pluginLocal || table.at(v.hostPath(pod.UID, vol)) != nil {
 		return u, err
 	}
-	if quota, ok := quotaUsage(at); ok {
-		u.Used, u.InodesUsed = quota.Used, quota.InodesUsed
-		return u, nil
-	}
 	u.Used, u.InodesUsed, err = treeUsage(ctx, at, p)
 	return u, err
 }

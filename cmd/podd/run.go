@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/podd-runtime/podd/cgroups"
 	"github.com/podd-runtime/podd/cri"
@@ -175,8 +176,8 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 			Instance: p.Instance, PodCIDR: k.PodCIDR, Log: part("network"),
 		},
 		Cgroups:   cgroups.Config{Root: k.CgroupRoot, Driver: k.CgroupDriver, Owner: p.DataDir, Log: part("cgroups")},
-		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Log: part("volumes")},
-		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
+		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Node: func() *v1.Node { return thisNode(p.NodeName) }, Log: part("volumes")},
+		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), Bindings: filepath.Join(p.DataDir, "claims.json"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
 		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events"), Tell: systemd.Journaled()},
 		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
 		Pods: pods.Config{
@@ -196,6 +197,13 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 			Log: part("pods"),
 		},
 	}
+}
+
+// thisNode is the node with the labels that every node has.
+func thisNode(name string) *v1.Node {
+	return &v1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{
+		v1.LabelHostname: name, v1.LabelOSStable: runtime.GOOS, v1.LabelArchStable: runtime.GOARCH,
+	}}}
 }
 
 // shimProgram finds podd-shim: a bare name is looked for beside this program,

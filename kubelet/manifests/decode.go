@@ -21,7 +21,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/manifests/document"
 )
 
-// object is one ConfigMap, Secret or Pod of a file, defaulted and validated.
+// object is one Pod, ConfigMap, Secret, PersistentVolume or claim of a file, defaulted and validated.
 type object struct {
 	doc  int // number of its document, from 1
 	line int // first line of its document
@@ -29,6 +29,8 @@ type object struct {
 	pod       *v1.Pod
 	configMap *v1.ConfigMap
 	secret    *v1.Secret
+	volume    *v1.PersistentVolume
+	claim     *v1.PersistentVolumeClaim
 
 	// warnings are about fields of the pod that have no effect.
 	warnings []Problem
@@ -70,7 +72,7 @@ func (d *decoder) decodeFile(file string, data []byte) (objects []object, proble
 		}
 	}
 	if len(docs) == 0 {
-		return nil, []Problem{{File: file, Message: "holds no object", Remedy: "write a Pod, ConfigMap or Secret, or delete the file to stop what it started"}}, true
+		return nil, []Problem{{File: file, Message: "holds no object", Remedy: "write a Pod, ConfigMap, Secret, PersistentVolume or claim, or delete the file to stop what it started"}}, true
 	}
 	// The same object twice in one file is never meant.
 	type key struct{ kind, ns, name string }
@@ -98,6 +100,10 @@ func (o *object) meta() *metav1.ObjectMeta {
 		return &o.pod.ObjectMeta
 	case o.configMap != nil:
 		return &o.configMap.ObjectMeta
+	case o.volume != nil:
+		return &o.volume.ObjectMeta
+	case o.claim != nil:
+		return &o.claim.ObjectMeta
 	default:
 		return &o.secret.ObjectMeta
 	}
@@ -109,6 +115,10 @@ func (o *object) kind() string {
 		return "Pod"
 	case o.configMap != nil:
 		return "ConfigMap"
+	case o.volume != nil:
+		return "PersistentVolume"
+	case o.claim != nil:
+		return "PersistentVolumeClaim"
 	default:
 		return "Secret"
 	}
@@ -139,7 +149,7 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (ob
 	}
 	switch {
 	case head.Kind == "":
-		return fail("kind", "is missing", "add kind: Pod, ConfigMap, Secret or List")
+		return fail("kind", "is missing", "add kind: Pod, ConfigMap, Secret, PersistentVolume, PersistentVolumeClaim or List")
 	case head.APIVersion == "":
 		return fail("apiVersion", "is missing", "add apiVersion: v1")
 	}
@@ -174,11 +184,23 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (ob
 				return nil, probs, false
 			}
 			return d.finishSecret(doc, at, s, contentHash("", raw))
-		case "List", "PodList", "ConfigMapList", "SecretList":
+		case "PersistentVolume":
+			v := &v1.PersistentVolume{}
+			if probs := strict(doc, raw, at, v); probs != nil {
+				return nil, probs, false
+			}
+			return d.finishVolume(doc, at, v, contentHash("", raw))
+		case "PersistentVolumeClaim":
+			c := &v1.PersistentVolumeClaim{}
+			if probs := strict(doc, raw, at, c); probs != nil {
+				return nil, probs, false
+			}
+			return d.finishClaim(doc, at, c, contentHash("", raw))
+		case "List", "PodList", "ConfigMapList", "SecretList", "PersistentVolumeList", "PersistentVolumeClaimList":
 			return d.decodeList(doc, raw, at, strings.TrimSuffix(head.Kind, "List"))
 		}
 	}
-	_, probs, _ := fail("kind", fmt.Sprintf("%s %s is %s", head.APIVersion, head.Kind, errSkipped), "keep only v1 Pod, ConfigMap, Secret and List here")
+	_, probs, _ := fail("kind", fmt.Sprintf("%s %s is %s", head.APIVersion, head.Kind, errSkipped), "keep only v1 Pod, ConfigMap, Secret, PersistentVolume, PersistentVolumeClaim and List here")
 	return nil, probs, true
 }
 
@@ -259,6 +281,37 @@ func (d *decoder) finishSecret(doc document.Document, at string, s *v1.Secret, h
 	}
 	out.ResourceVersion, out.UID = hash, uidOf(s.UID, hash)
 	return []object{{secret: out, hash: hash}}, nil, false
+}
+
+func (d *decoder) finishVolume(doc document.Document, at string, v *v1.PersistentVolume, hash string) ([]object, []Problem, bool) {
+	v.Status = v1.PersistentVolumeStatus{}
+	corev1.SetObjectDefaults_PersistentVolume(v)
+	var internal core.PersistentVolume
+	if err := corev1.Convert_v1_PersistentVolume_To_core_PersistentVolume(v, &internal, nil); err != nil {
+		return nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}, false
+	}
+	if probs := invalid(doc, at, validation.ValidatePersistentVolume(&internal, validation.ValidationOptionsForPersistentVolume(&internal, nil))); probs != nil {
+		return nil, probs, false
+	}
+	v.ResourceVersion, v.UID = hash, uidOf(v.UID, hash)
+	return []object{{volume: v, hash: hash}}, nil, false
+}
+
+func (d *decoder) finishClaim(doc document.Document, at string, c *v1.PersistentVolumeClaim, hash string) ([]object, []Problem, bool) {
+	if c.Namespace == "" {
+		c.Namespace = metav1.NamespaceDefault
+	}
+	c.Status = v1.PersistentVolumeClaimStatus{}
+	corev1.SetObjectDefaults_PersistentVolumeClaim(c)
+	var internal core.PersistentVolumeClaim
+	if err := corev1.Convert_v1_PersistentVolumeClaim_To_core_PersistentVolumeClaim(c, &internal, nil); err != nil {
+		return nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}, false
+	}
+	if probs := invalid(doc, at, validation.ValidatePersistentVolumeClaim(&internal, validation.ValidationOptionsForPersistentVolumeClaimCreate())); probs != nil {
+		return nil, probs, false
+	}
+	c.ResourceVersion, c.UID = hash, uidOf(c.UID, hash)
+	return []object{{claim: c, hash: hash}}, nil, false
 }
 
 // invalid turns upstream's validation errors into problems.

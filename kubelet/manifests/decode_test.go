@@ -28,7 +28,7 @@ func TestDecodeProblems(t *testing.T) {
 		"uid as path":           {strings.Replace(pod, "  name: p\n", "  name: p\n  uid: ../x\n", 1), 1, 5, "metadata.uid", "no UID"},
 		"other system":          {pod + "  os: {name: windows}\n", 1, 9, "spec.os.name", "windows"},
 		"service account":       {pod + "  serviceAccountName: me\n", 1, 9, "spec.serviceAccountName", "service accounts"},
-		"claim":                 {pod + "  volumes:\n  - name: v\n    persistentVolumeClaim: {claimName: x}\n", 1, 11, "spec.volumes[0].persistentVolumeClaim", "persistent volume claims"},
+		"claim":                 {pod + "  volumes:\n  - name: v\n    csi: {driver: x}\n", 1, 11, "spec.volumes[0].csi", "CSI drivers"},
 		"token":                 {pod + "  volumes:\n  - name: v\n    projected:\n      sources:\n      - serviceAccountToken: {path: x}\n", 1, 13, "spec.volumes[0].projected.sources[0].serviceAccountToken", "serviceAccount"},
 		"ephemeral containers":  {pod + "  ephemeralContainers:\n  - {name: e, image: i}\n", 1, 9, "spec.ephemeralContainers", "Forbidden"},
 		"other kind":            {"apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n", 1, 2, "kind", "not a kind"},

@@ -13,9 +13,10 @@ import (
 	"github.com/podd-runtime/podd/volumes"
 )
 
-// ObjectRef names a ConfigMap or a Secret.
+// ObjectRef names an object of the directory that pods use.
 type ObjectRef struct {
-	// Kind is "ConfigMap" or "Secret".
+	// Kind is "ConfigMap", "Secret", "PersistentVolume" or
+	// "PersistentVolumeClaim".
 	Kind      string
 	Namespace string
 	Name      string
@@ -25,7 +26,7 @@ func (r ObjectRef) String() string { return r.Kind + " " + r.Namespace + "/" + r
 
 var _ volumes.Objects = (*Source)(nil)
 
-// objectStore keeps the ConfigMaps and Secrets that are in force.
+// objectStore keeps the objects that are in force and that pods use.
 type objectStore struct {
 	mu     sync.RWMutex
 	have   map[ObjectRef]object

@@ -119,8 +119,8 @@ func (d *decoder) finishPod(doc document.Document, at string, pod *v1.Pod, hash 
 }
 
 // references finds what a static pod may not refer to because only an apiserver
-// has it (upstream: podutil.HasAPIObjectReference). ConfigMaps and Secrets are
-// documents of the same directory, unless the node has an apiserver.
+// has it (upstream: podutil.HasAPIObjectReference). ConfigMaps, Secrets and
+// claims are documents of the same directory, unless the node has an apiserver.
 func (d *decoder) references(doc document.Document, at string, pod *core.Pod) []Problem {
 	var problems []Problem
 	forbid := func(path *field.Path, what, remedy string) {
@@ -136,14 +136,14 @@ func (d *decoder) references(doc document.Document, at string, pod *core.Pod) []
 	if len(pod.Spec.ResourceClaims) > 0 {
 		forbid(spec.Child("resourceClaims"), "resource claims", "remove the field")
 	}
-	const inCluster = "use a hostPath, nfs, emptyDir, configMap or secret volume, or run the pod through a cluster"
+	const inCluster = "use a persistentVolumeClaim, hostPath, nfs, emptyDir, configMap or secret volume, or run the pod through a cluster"
 	for i, v := range pod.Spec.Volumes {
 		p := spec.Child("volumes").Index(i)
 		switch {
-		case v.PersistentVolumeClaim != nil:
+		case v.PersistentVolumeClaim != nil && d.noObjects:
 			forbid(p.Child("persistentVolumeClaim"), "persistent volume claims", inCluster)
 		case v.Ephemeral != nil:
-			forbid(p.Child("ephemeral"), "persistent volume claims", inCluster)
+			forbid(p.Child("ephemeral"), "claims that a cluster makes", inCluster)
 		case v.CSI != nil:
 			forbid(p.Child("csi"), "CSI drivers", inCluster)
 		case v.Glusterfs != nil:

@@ -53,6 +53,9 @@ type Config struct {
 	// StateDir keeps the last good version of each file, for a start of podd
 	// that finds it broken; "": a pod whose file is broken then is unknown.
 	StateDir string
+	// Bindings is the file that keeps which claim has which PersistentVolume;
+	// "": they are found anew at each start.
+	Bindings string
 	// Recorder takes events about broken manifests; may be nil.
 	Recorder Recorder
 	// Log is slog.Default() if nil.
@@ -74,6 +77,7 @@ type Source struct {
 	objects *objectStore
 	kept    lastGood
 
+	bindings bindings
 	problems problems
 
 	// What follows belongs to the goroutine of Run.
@@ -136,6 +140,7 @@ func New(cfg Config, sink Sink) *Source {
 		decoder:  decoder{nodeName: cfg.NodeName, noObjects: cfg.NoObjects},
 		objects:  newObjectStore(),
 		kept:     lastGood{dir: cfg.StateDir},
+		bindings: bindings{path: cfg.Bindings},
 		problems: newProblems(),
 		files:    map[string]*file{},
 		ledger:   newLedger(),

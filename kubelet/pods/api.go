@@ -286,16 +286,17 @@ func (w *worker) restart(container string) error {
 	return nil
 }
 
-// ObjectChanged says that a ConfigMap or Secret has changed: pods that use it
+// ObjectChanged says that a ConfigMap, Secret or claim has changed, or with no
+// namespace a PersistentVolume: pods that use it
 // get the new content in their volumes, and those that wait for it try again.
 func (t *Table) ObjectChanged(namespace, name string) {
 	for _, w := range t.all() {
-		if w.key.Namespace != namespace {
+		if namespace != "" && w.key.Namespace != namespace {
 			continue
 		}
 		w.post(func() {
 			for _, l := range w.lives {
-				if uses(l.d.Pod, name) {
+				if uses(l.d.Pod, namespace, name) {
 					w.refreshVolumes(l)
 					for key := range l.o.Retry {
 						if len(key) > 6 && key[:6] == "start/" {

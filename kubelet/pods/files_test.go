@@ -182,6 +182,9 @@ func TestUses(t *testing.T) {
 		func(p *v1.Pod) {
 			p.Spec.Volumes = []v1.Volume{{VolumeSource: v1.VolumeSource{Projected: &v1.ProjectedVolumeSource{Sources: []v1.VolumeProjection{{Secret: &v1.SecretProjection{LocalObjectReference: ref}}}}}}}
 		},
+		func(p *v1.Pod) {
+			p.Spec.Volumes = []v1.Volume{{VolumeSource: v1.VolumeSource{PersistentVolumeClaim: &v1.PersistentVolumeClaimVolumeSource{ClaimName: "x"}}}}
+		},
 		func(p *v1.Pod) { p.Spec.ImagePullSecrets = []v1.LocalObjectReference{ref} },
 		func(p *v1.Pod) {
 			p.Spec.Containers[0].EnvFrom = []v1.EnvFromSource{{SecretRef: &v1.SecretEnvSource{LocalObjectReference: ref}}}
@@ -191,7 +194,7 @@ func TestUses(t *testing.T) {
 		},
 	} {
 		p := mkpod("a", "u", mod)
-		if !uses(p, "x") || uses(p, "y") {
+		if !uses(p, p.Namespace, "x") || uses(p, p.Namespace, "y") || uses(p, "other", "x") {
 			t.Errorf("case %d", i)
 		}
 	}

@@ -1,10 +1,21 @@
 package pods
 
-import v1 "k8s.io/api/core/v1"
+import (
+	"slices"
 
-// uses says whether the pod names a ConfigMap or Secret of that name. A name
-// that fits the other kind costs one look too many, which does no harm.
-func uses(pod *v1.Pod, name string) bool {
+	v1 "k8s.io/api/core/v1"
+)
+
+// uses says whether the pod names a ConfigMap, Secret or claim of that name, or
+// any claim where it is a PersistentVolume that has changed (namespace ""). A
+// name that fits another kind costs one look too many, which does no harm.
+func uses(pod *v1.Pod, namespace, name string) bool {
+	if namespace == "" {
+		return slices.ContainsFunc(pod.Spec.Volumes, func(v v1.Volume) bool { return v.PersistentVolumeClaim != nil || v.Ephemeral != nil })
+	}
+	if pod.Namespace != namespace {
+		return false
+	}
 	for i := range pod.Spec.Volumes {
 		if volumeUses(&pod.Spec.Volumes[i].VolumeSource, name) {
 			return true
@@ -31,6 +42,8 @@ func volumeUses(v *v1.VolumeSource, name string) bool {
 		return v.ConfigMap.Name == name
 	case v.Secret != nil:
 		return v.Secret.SecretName == name
+	case v.PersistentVolumeClaim != nil:
+		return v.PersistentVolumeClaim.ClaimName == name
 	case v.Projected != nil:
 		for i := range v.Projected.Sources {
 			s := &v.Projected.Sources[i]

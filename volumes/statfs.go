@@ -10,5 +10,3 @@ func statfsOf(d *dir) (*fsUsage, error) {
 	}
 	return usageOf(&st), nil
 }
-
-func quotaUsage(*dir) (*fsUsage, bool) { return nil, false }
