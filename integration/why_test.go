@@ -169,4 +169,5 @@ func TestWhySaysWhatIsWrong(t *testing.T) {
 		t.Errorf("with the daemon down: %v, %s", err, errOut)
 	}
 	n.Start()
+	n.WaitRunning("fine")
 }

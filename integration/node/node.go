@@ -543,10 +543,14 @@ func Await(t testing.TB, what string, timeout time.Duration, cond func() bool, l
 
 // cleanUp ends everything and fails the test when something had been left.
 func (n *Node) cleanUp() {
-	if n.t.Failed() {
+	logged := n.t.Failed()
+	tail := func() {
 		log, _ := os.ReadFile(n.at("podd.log"))
 		lines := bytes.Split(log, []byte("\n"))
 		n.t.Logf("last of podd's log:\n%s", bytes.Join(lines[max(0, len(lines)-80):], []byte("\n")))
+	}
+	if logged {
+		tail()
 	}
 	n.mu.Lock()
 	running, pid := n.running, n.pid
@@ -559,7 +563,11 @@ func (n *Node) cleanUp() {
 			os.Remove(f)
 		}
 		deadline := time.Now().Add(Scale(20 * time.Second))
-		for len(n.Pods()) > 0 && time.Now().Before(deadline) {
+		gone := func() bool { // no answer does not mean no pods
+			var list v1.PodList
+			return n.Get("/api/v1/pods", &list) == nil && len(list.Items) == 0
+		}
+		for !gone() && time.Now().Before(deadline) {
 			time.Sleep(10 * time.Millisecond)
 		}
 		shim = n.ShimPID()
@@ -583,6 +591,9 @@ func (n *Node) cleanUp() {
 	}
 	if len(left) > 0 && !n.t.Failed() {
 		n.t.Errorf("processes left behind:\n%s", strings.Join(left, "\n"))
+	}
+	if n.t.Failed() && !logged {
+		tail()
 	}
 	n.super.Wait()
 	if m := mountsBelow("/proc/self/mountinfo", n.Dir); len(m) > 0 {

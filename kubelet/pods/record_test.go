@@ -143,3 +143,26 @@ func TestDiffer(t *testing.T) {
 		})
 	}
 }
+
+func TestPodsAreListedBeforeTheyAreSeen(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.table.SetPod("file", mkpod("p", "u1"))
+		n.table.Synced("file")
+		after(time.Second)
+		n.stop()
+		// The runtime says what there is, and nothing about how it is.
+		n.rt.setFault(func(ctx context.Context, call, _ string) error {
+			if call == "PodSandboxStatus" || call == "ContainerStatus" {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		})
+		n.start()
+		synctest.Wait()
+		if p, ok := n.table.Get("default", "p"); !ok || p.Status.Phase != v1.PodRunning {
+			t.Errorf("listed: %v, %+v", ok, p)
+		}
+		n.rt.setFault(nil)
+	})
+}

@@ -131,6 +131,11 @@ func (t *Table) Run(ctx context.Context) error {
 		}
 		return err
 	}
+	// What ran before is listed from the start, as it was last: an empty list
+	// would be taken for an empty node. No worker runs yet.
+	for _, w := range t.all() {
+		w.publish(w.lives[len(w.lives)-1])
+	}
 	var parts sync.WaitGroup
 	parts.Go(func() { t.records.run(ctx) })
 	parts.Go(func() { _ = t.probes.Run(ctx) })
