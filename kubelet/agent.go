@@ -114,7 +114,15 @@ func Run(ctx context.Context, cfg Config) error {
 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return cri.Serve(ctx, criListener, a.cri) })
-	group.Go(func() error { return local.Serve(ctx, localListener) })
+	group.Go(func() error {
+		defer localListener.Close()
+		select { // a list without the pods of the last run would be wrong
+		case <-a.table.Recovered():
+			return local.Serve(ctx, localListener)
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	group.Go(func() error { return a.keepShim(ctx) })
 	group.Go(func() error { return a.events.Run(ctx) })
 	group.Go(func() error { return a.table.Run(ctx) })
