@@ -269,8 +269,8 @@ func TestCPURates(t *testing.T) {
 
 func TestParseNetDev(t *testing.T) {
 	i, ok := parseNetDev("  eth0: 10 1 2 0 0 0 0 0 20 1 3 0 0 0 0 0")
-	if !ok || i.Name != "eth0" || i.RxBytes.Value != 10 || i.RxErrors.Value != 2 || i.TxBytes.Value != 20 || i.TxErrors.Value != 3 {
-		t.Errorf("%v", i)
+	if !ok || i.name != "eth0" || i.counters != [16]uint64{0: 10, 1: 1, 2: 2, 8: 20, 9: 1, 10: 3} {
+		t.Errorf("%+v", i)
 	}
 	for _, l := range []string{"", "Inter-|   Receive", "eth0: 1 2", "eth0: a b c d e f g h i j k l m n o p"} {
 		if _, ok := parseNetDev(l); ok {

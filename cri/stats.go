@@ -1,14 +1,11 @@
 package cri
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"fmt"
-	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -281,9 +278,7 @@ func (s *Service) sandboxStats(ctx context.Context, sb *sandbox) (*runtimeapi.Po
 	linux.Cpu, linux.Memory, _, linux.Io = s.criStats(sb.id, st)
 	linux.Process = &runtimeapi.ProcessUsage{Timestamp: st.At.UnixNano(), ProcessCount: wrapp(st.PIDs)}
 	if !sb.hostNetwork() {
-		if linux.Network, err = networkUsage(pid); err != nil {
-			return nil, err
-		}
+		linux.Network = networkUsage(pid)
 	}
 	return out, nil
 }
@@ -291,47 +286,21 @@ func (s *Service) sandboxStats(ctx context.Context, sb *sandbox) (*runtimeapi.Po
 // defaultInterface of every CNI pod.
 const defaultInterface = "eth0"
 
-// networkUsage reads the counters of a pod's interfaces through its pause.
-func networkUsage(pid int) (*runtimeapi.NetworkUsage, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/net/dev", pid))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
+// networkUsage is what a pod's interfaces have carried.
+func networkUsage(pid int) *runtimeapi.NetworkUsage {
 	u := &runtimeapi.NetworkUsage{Timestamp: now()}
-	for sc := bufio.NewScanner(f); sc.Scan(); {
-		i, ok := parseNetDev(sc.Text())
-		switch {
-		case !ok || i.GetName() == "lo":
-		case i.GetName() == defaultInterface:
+	for _, d := range readNetDev(pid) {
+		i := &runtimeapi.NetworkInterfaceUsage{
+			Name: d.name, RxBytes: wrap(d.counters[0]), RxErrors: wrap(d.counters[2]), TxBytes: wrap(d.counters[8]), TxErrors: wrap(d.counters[10]),
+		}
+		if d.name == defaultInterface {
 			u.DefaultInterface = i
-		default:
+		} else {
 			u.Interfaces = append(u.Interfaces, i)
 		}
 	}
 	if u.DefaultInterface != nil {
 		u.Interfaces = append([]*runtimeapi.NetworkInterfaceUsage{u.DefaultInterface}, u.Interfaces...)
 	}
-	return u, nil
-}
-
-// parseNetDev reads one line of /proc/net/dev: name, eight counters of what
-// was received (bytes, packets, errors, …), eight of what was sent.
-func parseNetDev(line string) (*runtimeapi.NetworkInterfaceUsage, bool) {
-	name, rest, ok := strings.Cut(line, ":")
-	fields := strings.Fields(rest)
-	if !ok || len(fields) < 16 {
-		return nil, false
-	}
-	var v [16]uint64
-	for i := range v {
-		n, err := strconv.ParseUint(fields[i], 10, 64)
-		if err != nil {
-			return nil, false
-		}
-		v[i] = n
-	}
-	return &runtimeapi.NetworkInterfaceUsage{
-		Name: strings.TrimSpace(name), RxBytes: wrap(v[0]), RxErrors: wrap(v[2]), TxBytes: wrap(v[8]), TxErrors: wrap(v[10]),
-	}, true
+	return u
 }

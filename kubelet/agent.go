@@ -24,6 +24,7 @@ import (
 	"github.com/podd-runtime/podd/cri/shim"
 	"github.com/podd-runtime/podd/kubelet/events"
 	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/metrics"
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/server"
 	"github.com/podd-runtime/podd/kubelet/server/api"
@@ -60,6 +61,7 @@ type Config struct {
 	Pods      pods.Config
 	// Shutdown of the machine; no steps: it is not held up for pods.
 	Shutdown []shutdown.Step
+	API      APIConfig
 }
 
 // agent is everything that runs, as one holds it between start and stop.
@@ -75,6 +77,8 @@ type agent struct {
 	source  *manifests.Source
 	table   *pods.Table
 	health  health
+	metrics *metrics.Metrics
+	tree    *cgroups.Tree
 	undo    []func()
 }
 
@@ -105,6 +109,13 @@ func Run(ctx context.Context, cfg Config) error {
 		criListener.Close()
 		return fmt.Errorf("local API (--run-dir): %w", err)
 	}
+	nodeAPI, err := a.openAPI(a.tree)
+	if err != nil {
+		criListener.Close()
+		localListener.Close()
+		return err
+	}
+	defer nodeAPI.close()
 	local := server.New(server.Config{
 		NodeName: cfg.NodeName, Version: cfg.Version,
 		Pods: podAPI{a.table}, Events: a.events, Objects: a.source,
@@ -123,6 +134,7 @@ func Run(ctx context.Context, cfg Config) error {
 			return nil
 		}
 	})
+	group.Go(func() error { return nodeAPI.run(ctx) })
 	group.Go(func() error { return a.keepShim(ctx) })
 	group.Go(func() error { return a.events.Run(ctx) })
 	group.Go(func() error { return a.table.Run(ctx) })
@@ -248,8 +260,11 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
+	a.tree = tree
+	a.metrics = metrics.New(cfg.NodeName, cfg.Version, server.KubernetesVersion)
+	cfg.Pods.Observer = a.metrics
 	a.table = pods.New(cfg.Pods, pods.Deps{
-		Runtime: a.cri, Images: a.cri, Volumes: a.volumes,
+		Runtime: a.metrics.Runtime(a.cri, a.pod), Images: a.metrics.Images(a.cri), Volumes: a.volumes,
 		Objects: objects, Cgroups: tree, Events: a.events,
 	})
 	cfg.Manifests.Recorder = a.events
@@ -257,6 +272,9 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	objects.Source = a.source
 	return a, nil
 }
+
+// pod finds a pod for what is made before the table.
+func (a *agent) pod(namespace, name string) (*v1.Pod, bool) { return a.table.Get(namespace, name) }
 
 // waitEmpty returns when the runtime has no sandbox left.
 func (a *agent) waitEmpty(ctx context.Context) error {

@@ -77,7 +77,10 @@ type Config struct {
 	Parallel, ParallelExec int
 	// Report takes results; it must not block.
 	Report func(Result)
-	Log    *slog.Logger
+	// Observe hears of each probe that was made: result is what its metrics
+	// call it. Nil: nobody does.
+	Observe func(t Target, k Kind, result string, d time.Duration)
+	Log     *slog.Logger
 }
 
 // New returns a Scheduler; Run drives it.

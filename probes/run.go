@@ -28,6 +28,17 @@ const (
 	warning = "warning\x00"
 )
 
+// outcome of a probe, as its metrics name it.
+func outcome(ok bool, err error) string {
+	switch {
+	case err != nil:
+		return "unknown"
+	case ok:
+		return "successful"
+	}
+	return "failed"
+}
+
 // probers are upstream's own, but for exec.
 type probers struct {
 	exec Execer

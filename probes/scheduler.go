@@ -214,7 +214,11 @@ func lane(e *entry) int {
 // probe runs one probe and schedules the next.
 func (s *Scheduler) probe(ctx context.Context, e *entry, slots chan struct{}) {
 	defer s.running.Done()
+	begin := time.Now()
 	ok, output, err := s.probers.run(ctx, e)
+	if s.cfg.Observe != nil && ctx.Err() == nil {
+		s.cfg.Observe(e.t.Target, e.kind, outcome(ok, err), time.Since(begin))
+	}
 	<-slots
 	if ctx.Err() != nil {
 		return

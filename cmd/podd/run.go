@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -63,7 +64,7 @@ func runDaemon(args []string) int {
 		fmt.Fprintln(os.Stderr, "podd run:", err)
 		return 2
 	}
-	log := newLog(&cfg)
+	log, verbosity := newLog(&cfg)
 	for _, w := range cfg.Warnings {
 		log.Warn("setting without effect", "name", w.Name, "value", w.Value, "from", w.From, "reason", w.Reason)
 	}
@@ -71,7 +72,7 @@ func runDaemon(args []string) int {
 	defer stop()
 	ctx, cancel := context.WithCancelCause(asked)
 	defer cancel(nil)
-	agent := agentConfig(&cfg, log)
+	agent := agentConfig(&cfg, log, verbosity)
 	run := kubelet.Run
 	passed := systemd.Activation()
 	if *drain {
@@ -128,8 +129,11 @@ func heedReload(ctx context.Context, args []string, end context.CancelCauseFunc,
 	}
 }
 
-func newLog(cfg *config.Config) *slog.Logger {
-	options := &slog.HandlerOptions{Level: cfg.LogLevel()}
+// newLog returns the log and what changes its level, by klog's levels.
+func newLog(cfg *config.Config) (*slog.Logger, func(v string) error) {
+	level := &slog.LevelVar{}
+	level.Set(cfg.LogLevel())
+	options := &slog.HandlerOptions{Level: level}
 	var handler slog.Handler = slog.NewTextHandler(os.Stderr, options)
 	if cfg.Kubelet.Logging.Format == "json" {
 		handler = slog.NewJSONHandler(os.Stderr, options)
@@ -141,11 +145,18 @@ func newLog(cfg *config.Config) *slog.Logger {
 	log := slog.New(handler)
 	slog.SetDefault(log) // for libraries
 	forwardKlog(log, uint32(cfg.Kubelet.Logging.Verbosity))
-	return log
+	return log, func(v string) error {
+		n, err := strconv.ParseUint(v, 10, 31)
+		if err != nil {
+			return fmt.Errorf("level %q is not a number", v)
+		}
+		level.Set(config.LogLevel(uint32(n)))
+		return nil
+	}
 }
 
 // agentConfig hands each part what concerns it.
-func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
+func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string) error) kubelet.Config {
 	k, p := &cfg.Kubelet, &cfg.Podd
 	part := func(name string) *slog.Logger { return log.With("part", name) }
 	hostIPs := p.NodeIPs
@@ -180,6 +191,9 @@ func agentConfig(cfg *config.Config, log *slog.Logger) kubelet.Config {
 		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), Bindings: filepath.Join(p.DataDir, "claims.json"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
 		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events"), Tell: systemd.Journaled()},
 		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
+		API: kubelet.APIConfig{
+			Kubelet: k, Said: cfg.Said, Flags: cfg.Given(), CertDir: filepath.Join(p.RootDir, "pki"), Addresses: hostIPs, SetVerbosity: setVerbosity,
+		},
 		Pods: pods.Config{
 			Node: spec.Node{
 				Name: p.NodeName, RootDir: p.RootDir, PodLogsDir: k.PodLogsDir,

@@ -21,42 +21,43 @@ import (
 	utilexec "k8s.io/utils/exec"
 )
 
-// ServeExec runs a command for one HTTP request and returns when it is over.
-func ServeExec(w http.ResponseWriter, r *http.Request, runtime Runtime, containerID string, cmd []string, opts *remotecommand.Options) {
+// ServeExec runs a command for one HTTP request and returns when it is over, or
+// when nothing was carried for as long as idle.
+func ServeExec(w http.ResponseWriter, r *http.Request, runtime Runtime, containerID string, cmd []string, opts *remotecommand.Options, idle time.Duration) {
 	w, r, done := watch(w, r)
 	defer done()
 	if wsstream.IsWebSocketRequestWithStreamCloseProtocol(r) {
-		serveV5(w, r, opts, func(ctx context.Context, s *streams) error {
+		serveV5(w, r, opts, idle, func(ctx context.Context, s *streams) error {
 			return runtime.Exec(ctx, containerID, cmd, s.in, s.out, s.err, opts.TTY, s.resize)
 		})
 		return
 	}
 	remotecommand.ServeExec(w, r, adapter{runtime}, "", "", containerID, cmd, opts,
-		idleTimeout, remotecommand.DefaultStreamCreationTimeout, remotecommand.SupportedStreamingProtocols)
+		idle, remotecommand.DefaultStreamCreationTimeout, remotecommand.SupportedStreamingProtocols)
 }
 
 // ServeAttach joins a container's streams for one HTTP request.
-func ServeAttach(w http.ResponseWriter, r *http.Request, runtime Runtime, containerID string, opts *remotecommand.Options) {
+func ServeAttach(w http.ResponseWriter, r *http.Request, runtime Runtime, containerID string, opts *remotecommand.Options, idle time.Duration) {
 	w, r, done := watch(w, r)
 	defer done()
 	if wsstream.IsWebSocketRequestWithStreamCloseProtocol(r) {
-		serveV5(w, r, opts, func(ctx context.Context, s *streams) error {
+		serveV5(w, r, opts, idle, func(ctx context.Context, s *streams) error {
 			return runtime.Attach(ctx, containerID, s.in, s.out, s.err, opts.TTY, s.resize)
 		})
 		return
 	}
 	remotecommand.ServeAttach(w, r, adapter{runtime}, "", "", containerID, opts,
-		idleTimeout, remotecommand.DefaultStreamCreationTimeout, remotecommand.SupportedStreamingProtocols)
+		idle, remotecommand.DefaultStreamCreationTimeout, remotecommand.SupportedStreamingProtocols)
 }
 
 // ServePortForward forwards ports of a pod for one HTTP request: SPDY, SPDY in
 // WebSocket, or the older WebSocket protocol with its ports in opts (nil: none).
-func ServePortForward(w http.ResponseWriter, r *http.Request, runtime Runtime, sandboxID string, opts *portforward.V4Options) {
+func ServePortForward(w http.ResponseWriter, r *http.Request, runtime Runtime, sandboxID string, opts *portforward.V4Options, idle time.Duration) {
 	w, r, done := watch(w, r)
 	defer done()
 	serve := func(w http.ResponseWriter, r *http.Request) {
 		portforward.ServePortForward(w, r, adapter{runtime}, sandboxID, "", opts,
-			idleTimeout, remotecommand.DefaultStreamCreationTimeout, portforward.SupportedProtocols)
+			idle, remotecommand.DefaultStreamCreationTimeout, portforward.SupportedProtocols)
 	}
 	if wantsTunnel(r) {
 		tunnel(w, r, serve)
@@ -150,7 +151,7 @@ type streams struct {
 
 // serveV5 speaks v5.channel.k8s.io: each message begins with its channel's
 // number; 255 closes the channel named by the next byte.
-func serveV5(w http.ResponseWriter, r *http.Request, opts *remotecommand.Options, run func(context.Context, *streams) error) {
+func serveV5(w http.ResponseWriter, r *http.Request, opts *remotecommand.Options, idle time.Duration, run func(context.Context, *streams) error) {
 	channels := make([]wsstream.ChannelType, 5)
 	channels[remotecommand.StreamStdIn] = when(opts.Stdin, wsstream.ReadChannel)
 	channels[remotecommand.StreamStdOut] = when(opts.Stdout, wsstream.WriteChannel)
@@ -160,7 +161,7 @@ func serveV5(w http.ResponseWriter, r *http.Request, opts *remotecommand.Options
 	conn := wsstream.NewConn(map[string]wsstream.ChannelProtocolConfig{
 		remotecommand.StreamProtocolV5Name: {Binary: true, Channels: channels},
 	})
-	conn.SetIdleTimeout(idleTimeout)
+	conn.SetIdleTimeout(idle)
 	_, ch, err := conn.Open(w, r)
 	if err != nil {
 		return // the client has been told by the handshake

@@ -38,9 +38,9 @@ type Runtime interface {
 
 // Limits on connections and on URLs.
 const (
-	// idleTimeout closes a stream that carried nothing for this long;
+	// IdleTimeout closes a stream that carried nothing for this long;
 	// upstream's value.
-	idleTimeout = 4 * time.Hour
+	IdleTimeout = 4 * time.Hour
 	// headerTimeout bounds how long a connection may take to say what it wants.
 	headerTimeout = 10 * time.Second
 	// tokenLife is how long a URL waits for its client; upstream's value.
@@ -106,7 +106,7 @@ func (s *Server) Exec(r *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, erro
 		return nil, err
 	}
 	u, err := s.issue("exec", func(w http.ResponseWriter, req *http.Request) {
-		ServeExec(w, req, s.runtime, r.GetContainerId(), r.GetCmd(), opts)
+		ServeExec(w, req, s.runtime, r.GetContainerId(), r.GetCmd(), opts, IdleTimeout)
 	})
 	return &runtimeapi.ExecResponse{Url: u}, err
 }
@@ -118,7 +118,7 @@ func (s *Server) Attach(r *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse
 		return nil, err
 	}
 	u, err := s.issue("attach", func(w http.ResponseWriter, req *http.Request) {
-		ServeAttach(w, req, s.runtime, r.GetContainerId(), opts)
+		ServeAttach(w, req, s.runtime, r.GetContainerId(), opts, IdleTimeout)
 	})
 	return &runtimeapi.AttachResponse{Url: u}, err
 }
@@ -130,7 +130,7 @@ func (s *Server) PortForward(r *runtimeapi.PortForwardRequest) (*runtimeapi.Port
 		return nil, fmt.Errorf("port: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	u, err := s.issue("portforward", func(w http.ResponseWriter, req *http.Request) {
-		ServePortForward(w, req, s.runtime, r.GetPodSandboxId(), opts)
+		ServePortForward(w, req, s.runtime, r.GetPodSandboxId(), opts, IdleTimeout)
 	})
 	return &runtimeapi.PortForwardResponse{Url: u}, err
 }

@@ -202,6 +202,7 @@ func (n *Node) Args() []string {
 		"--pod-manifest-path", n.at("manifests"), "--pod-logs-dir", n.LogDir(),
 		"--cni-conf-dir", n.at("cni"), "--registry-config-path", n.at("certs.d"),
 		"--cgroup-root", n.Cgroup(), "--cgroup-driver", CgroupDriver(), "--hostname-override", "node1",
+		"--healthz-port", "0", // tests share the machine
 	}, n.extra...)
 }
 

@@ -43,6 +43,9 @@ type Config struct {
 	// serialize is an explicit serializeImagePulls: true.
 	serialize bool
 
+	// from is where fields were set: "kubelet.port" → "file:12".
+	from map[string]string
+
 	file, dir string
 	flags     []*flagValue
 }
@@ -284,6 +287,7 @@ func (c *Config) finish(l *loader) error {
 		return fmt.Errorf("%s: %w", poddKind, err)
 	}
 	c.Podd = podd
+	c.from = l.from
 	if err := c.paths(l); err != nil {
 		return err
 	}
@@ -428,10 +432,28 @@ func (c *Config) paths(l *loader) error {
 	return nil
 }
 
+// Said tells whether a field of the KubeletConfiguration was set, by a file or
+// a flag, and is not only a default.
+func (c *Config) Said(field string) bool { return c.from["kubelet."+field] != "" }
+
+// Given are the flags that were given, with their values.
+func (c *Config) Given() map[string]string {
+	out := map[string]string{}
+	for _, f := range c.flags {
+		if len(f.given) > 0 {
+			out[f.def.name] = f.String()
+		}
+	}
+	return out
+}
+
 // LogLevel is the least level that is logged: --v=0 and up is Info, --v=4 and
 // up is Debug, as klog's levels are used.
-func (c *Config) LogLevel() slog.Level {
-	if c.Kubelet.Logging.Verbosity >= 4 {
+func (c *Config) LogLevel() slog.Level { return LogLevel(uint32(c.Kubelet.Logging.Verbosity)) }
+
+// LogLevel is the least level that is logged with that verbosity.
+func LogLevel(v uint32) slog.Level {
+	if v >= 4 {
 		return slog.LevelDebug
 	}
 	return slog.LevelInfo

@@ -88,8 +88,8 @@ func TestPrecedence(t *testing.T) {
 
 func TestWarnings(t *testing.T) {
 	dir := t.TempDir()
-	file := write(t, dir+"/podd.yaml", head+"maxPods: 110\nport: 1234\nevictionHard:\n  memory.available: 5%\nauthentication:\n  anonymous:\n    enabled: false\nfeatureGates: {NodeSwap: true}\n")
-	c, err := load(t, "--config", file, "--container-runtime-endpoint=unix:///run/containerd/containerd.sock", "--image-service-endpoint=unix:///x", "--kubeconfig=/etc/kubernetes/kubelet.conf", "--register-with-taints=a=b:NoSchedule", "--housekeeping-interval=1s", "--port=99")
+	file := write(t, dir+"/podd.yaml", head+"maxPods: 110\npodsPerCore: 1234\nevictionHard:\n  memory.available: 5%\nauthentication:\n  anonymous:\n    enabled: false\nfeatureGates: {NodeSwap: true}\n")
+	c, err := load(t, "--config", file, "--container-runtime-endpoint=unix:///run/containerd/containerd.sock", "--image-service-endpoint=unix:///x", "--kubeconfig=/etc/kubernetes/kubelet.conf", "--register-with-taints=a=b:NoSchedule", "--housekeeping-interval=1s", "--pods-per-core=99")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +98,7 @@ func TestWarnings(t *testing.T) {
 		got[w.Name] = w.Value + " " + w.From
 	}
 	want := map[string]string{
-		"port":                          "99 --port",
+		"podsPerCore":                   "99 --pods-per-core",
 		"evictionHard.memory.available": `"5%" ` + file + ":6",
 		"featureGates.NodeSwap":         "true " + file + ":10",
 		"imageServiceEndpoint":          `"unix:///x" --image-service-endpoint`,

@@ -86,6 +86,13 @@ type Deps struct {
 	RuntimeClass func(name string) (handler string, err error)
 }
 
+// Observer counts. Its methods must not block.
+type Observer interface {
+	// Worked is one look of a worker at its pod: "create" for the first, "sync".
+	Worked(operation string, d time.Duration)
+	Probed(t probes.Target, k probes.Kind, result string, d time.Duration)
+}
+
 // Config of a Table.
 type Config struct {
 	Node spec.Node
@@ -119,7 +126,9 @@ type Config struct {
 	UserIDsPerPod int64
 	// Probes limits the probes at once; see probes.Config.
 	ParallelProbes, ParallelExecProbes int
-	Log                                *slog.Logger
+	// Observer of what is done, for metrics; nil: none.
+	Observer Observer
+	Log      *slog.Logger
 }
 
 func (c *Config) defaults(cpus int) {

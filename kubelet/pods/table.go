@@ -95,9 +95,13 @@ func New(cfg Config, deps Deps) *Table {
 		},
 	}
 	t.sweeper = &worker{t: t, key: types.NamespacedName{Name: "sweep"}, log: cfg.Log, wake: make(chan struct{}, 1)}
+	var probed func(probes.Target, probes.Kind, string, time.Duration)
+	if cfg.Observer != nil {
+		probed = cfg.Observer.Probed
+	}
 	t.probes = probes.New(probes.Config{
 		Exec: execer{deps.Runtime}, Events: deps.Events, Log: cfg.Log,
-		Parallel: cfg.ParallelProbes, ParallelExec: cfg.ParallelExecProbes,
+		Parallel: cfg.ParallelProbes, ParallelExec: cfg.ParallelExecProbes, Observe: probed,
 		Report: func(r probes.Result) {
 			if w := t.owner(r.ID); w != nil {
 				w.post(func() { w.probed(r) })

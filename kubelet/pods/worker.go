@@ -75,7 +75,7 @@ func (w *worker) run(ctx context.Context) {
 	defer w.timer.Stop()
 	for {
 		w.drain()
-		w.advance()
+		w.observed(w.advance)
 		w.settle()
 		if w.idle() && w.t.retire(w) {
 			return
@@ -87,6 +87,20 @@ func (w *worker) run(ctx context.Context) {
 		case <-w.timer.C:
 		}
 	}
+}
+
+// observed tells the observer how long a look at the pod took.
+func (w *worker) observed(look func()) {
+	if w.t.cfg.Observer == nil {
+		look()
+		return
+	}
+	operation, begin := "sync", time.Now()
+	if w.published.Load() == nil {
+		operation = "create"
+	}
+	look()
+	w.t.cfg.Observer.Worked(operation, time.Since(begin))
 }
 
 func (w *worker) drain() {

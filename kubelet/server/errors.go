@@ -31,8 +31,8 @@ func errNoPath(path string) error {
 	}}
 }
 
-// statusOf maps an error to the Kubernetes API's form: the only place that does.
-func statusOf(err error) metav1.Status {
+// StatusOf maps an error to the Kubernetes API's form: the only place that does.
+func StatusOf(err error) metav1.Status {
 	var api apierrors.APIStatus
 	if errors.As(err, &api) {
 		s := api.Status()
@@ -71,6 +71,6 @@ func statusOf(err error) metav1.Status {
 }
 
 func writeError(w http.ResponseWriter, err error) {
-	s := statusOf(err)
+	s := StatusOf(err)
 	writeJSON(w, int(s.Code), &s)
 }

@@ -225,7 +225,7 @@ func (s *Server) pull(w http.ResponseWriter, r *http.Request) error {
 		case res := <-finished:
 			last := api.Progress{Ref: req.Ref}
 			if res.err != nil {
-				last.Error = statusOf(res.err).Message
+				last.Error = StatusOf(res.err).Message
 			} else {
 				i := image(res.image)
 				last.Stage, last.Image = "done", &i

@@ -97,10 +97,10 @@ func runtimeID(id string) string {
 	return id
 }
 
-// logContainer is the id of the container whose log is asked for: the one
+// LogContainer is the id of the container whose log is asked for: the one
 // that runs or ran last, or the one before. Wording and rules are the
 // kubelet's (validateContainerLogStatus).
-func logContainer(p *v1.Pod, name string, previous bool) (string, error) {
+func LogContainer(p *v1.Pod, name string, previous bool) (string, error) {
 	bad := func(format string, args ...any) (string, error) {
 		return "", apierrors.NewBadRequest(fmt.Sprintf(format, args...))
 	}
@@ -154,7 +154,7 @@ func (s *Server) podLog(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	id, err := logContainer(p, name, previous)
+	id, err := LogContainer(p, name, previous)
 	if err != nil {
 		return err
 	}

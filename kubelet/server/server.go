@@ -108,15 +108,14 @@ type Config struct {
 
 // Limits that keep one client from costing the daemon more than it should.
 const (
-	maxConnections    = 512
-	maxHeader         = 64 << 10
-	headerTimeout     = 10 * time.Second
-	idleTimeout       = 2 * time.Minute
-	shutdownTimeout   = 3 * time.Second
-	maxBody           = 1 << 20 // of every request but an image upload
-	requestTimeout    = time.Minute
-	maxWatch          = time.Hour // as kube-apiserver, which ends watches after 30 to 60 min
-	streamIdleTimeout = 4 * time.Hour
+	maxConnections  = 512
+	maxHeader       = 64 << 10
+	headerTimeout   = 10 * time.Second
+	idleTimeout     = 2 * time.Minute
+	shutdownTimeout = 3 * time.Second
+	maxBody         = 1 << 20 // of every request but an image upload
+	requestTimeout  = time.Minute
+	maxWatch        = time.Hour // as kube-apiserver, which ends watches after 30 to 60 min
 )
 
 // Server of the local API.
@@ -217,8 +216,10 @@ func long(h func(w http.ResponseWriter, r *http.Request) error) http.HandlerFunc
 	}
 }
 
-// version of the API that is spoken here: the one of the libraries.
-var kubernetesVersion = struct{ major, minor, git string }{"1", "36", "v1.36.3"}
+// KubernetesVersion of the API that is spoken here: the one of the libraries.
+const KubernetesVersion = "v1.36.3"
+
+var kubernetesVersion = struct{ major, minor, git string }{"1", "36", KubernetesVersion}
 
 func problems(in []manifests.Problem) []api.Problem {
 	out := make([]api.Problem, 0, len(in))
