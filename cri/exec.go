@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
@@ -324,6 +325,7 @@ func writer(w io.WriteCloser) io.Writer {
 
 // runTTY runs a process on a terminal of its own.
 func (s *Service) runTTY(ctx context.Context, e *shim.ExecSpec, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) (*shim.Exit, error) {
+	e.Process.ConsoleSize = firstSize(ctx, resize)
 	session, err := s.procs.Exec(ctx, e)
 	if err != nil {
 		return nil, err
@@ -348,6 +350,29 @@ func (s *Service) runTTY(ctx context.Context, e *shim.ExecSpec, stdin io.Reader,
 	_ = tty.SetReadDeadline(time.Now().Add(drainTime))
 	<-copied
 	return exit, err
+}
+
+// sizeWait is how long a process waits for the size of its client's window.
+// Clients send it right after they have connected, and without it what a
+// program draws first is drawn for no window at all.
+const sizeWait = 200 * time.Millisecond
+
+// firstSize of the window; nil: the client tells none in time.
+func firstSize(ctx context.Context, sizes <-chan remotecommand.TerminalSize) *specs.Box {
+	if sizes == nil {
+		return nil
+	}
+	late := time.NewTimer(sizeWait)
+	defer late.Stop()
+	select {
+	case size := <-sizes: // zero when there will be none
+		if size.Width > 0 && size.Height > 0 {
+			return &specs.Box{Width: uint(size.Width), Height: uint(size.Height)}
+		}
+	case <-late.C:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // resizes applies window sizes until the stream or the session ends.

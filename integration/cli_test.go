@@ -138,7 +138,7 @@ func TestExecGivesATerminal(t *testing.T) {
 	n.Write("box.yaml", box("box"))
 	n.WaitRunning("box")
 	// script gives podd a terminal of its own, 24 rows high and 80 wide unless told.
-	line := fmt.Sprintf("stty rows 33 cols 77; %s/podd --run-dir %s exec -it %s -- sh -c 'test -t 0 && test -t 1 && echo is a terminal; stty size; exit 9'", n.Bin, n.RunDir(), node.PodName("box"))
+	line := fmt.Sprintf("stty rows 33 cols 77; %s/podd --run-dir %s exec -it %s -- sh -c 'test -t 0 && test -t 1 && echo is a terminal; until stty size | grep -v \"^0 0\"; do sleep 0.1; done; exit 9'", n.Bin, n.RunDir(), node.PodName("box"))
 	cmd := exec.Command("script", "-qec", line, "/dev/null")
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
