@@ -415,13 +415,25 @@ func (s *session) Signal(signal int) error {
 	return s.tell(wire.Signal, wire.Call{Signal: signal})
 }
 
+// killWait bounds the wait for a killed process, which may hang in the kernel.
+const killWait = 5 * time.Second
+
 func (s *session) Wait(ctx context.Context) (*Exit, error) {
 	select {
 	case <-s.done:
 		return s.exit, s.err
 	case <-ctx.Done():
-		s.conn.Close() // cancels: the shim kills the process and its descendants
-		<-s.done
+		// The shim kills the process and its descendants, and closes its side
+		// when they are gone: who is told of a time-out finds none of them.
+		_ = s.conn.CloseWrite()
+		late := time.NewTimer(killWait)
+		defer late.Stop()
+		select {
+		case <-s.done:
+		case <-late.C:
+			s.conn.Close()
+			<-s.done
+		}
 		if s.exit != nil {
 			return s.exit, nil
 		}

@@ -511,6 +511,10 @@ func TestExec(t *testing.T) {
 	if _, err := s.Wait(ctx); !errors.Is(err, context.Canceled) {
 		t.Fatalf("cancelled wait: %v", err)
 	}
+	// Not even as a zombie: who is told of the time-out looks at once.
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d", s.PID())); !os.IsNotExist(err) {
+		t.Errorf("the cancelled exec is still there: %v", err)
+	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		out, _ := n.execOut(spec.ID, "/bin/ps")
 		if !strings.Contains(out, "sleep 99") {
