@@ -62,6 +62,8 @@ type Config struct {
 	// Shutdown of the machine; no steps: it is not held up for pods.
 	Shutdown []shutdown.Step
 	API      APIConfig
+	// Cluster this machine is a node of; nil: of none.
+	Cluster *Cluster
 }
 
 // agent is everything that runs, as one holds it between start and stop.
@@ -79,6 +81,7 @@ type agent struct {
 	health  health
 	metrics *metrics.Metrics
 	tree    *cgroups.Tree
+	cluster *cluster // nil: none
 	undo    []func()
 }
 
@@ -140,6 +143,9 @@ func Run(ctx context.Context, cfg Config) error {
 	group.Go(func() error { return a.table.Run(ctx) })
 	group.Go(func() error { return a.source.Run(ctx) })
 	group.Go(func() error { return a.refreshVolumes(ctx) })
+	if a.cluster != nil {
+		group.Go(func() error { return a.cluster.run(ctx) })
+	}
 	group.Go(func() error { return a.volumes.Run(ctx, a.table.Pods, a.volumesTroubled) })
 	group.Go(func() error { return a.tellReady(ctx) })
 	group.Go(func() error { return a.keepAlive(ctx) })
@@ -191,6 +197,7 @@ func (a *agent) heedShutdowns(ctx context.Context) error {
 // Drain stops every pod that runs in the directories of cfg, each within its
 // grace period, and ends podd-shim. No agent may be running there.
 func Drain(ctx context.Context, cfg Config) error {
+	cfg.Cluster, cfg.Pods.Sources = nil, []string{manifests.SourceName}
 	a, err := open(ctx, cfg)
 	if err != nil {
 		return err
@@ -244,8 +251,11 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		return nil, err
 	}
 	a.onClose("network", a.network.Close)
-	objects := &localObjects{}
+	objects := &objects{}
 	cfg.Volumes.Objects, cfg.Volumes.Claims = objects, objects
+	if cfg.Cluster != nil {
+		cfg.Volumes.Tokens = objects
+	}
 	a.volumes = volumes.New(cfg.Volumes)
 	cfg.CRI.Resolve = a.volumes.Resolve
 	if a.cri, err = cri.New(cfg.CRI, a.shim, a.images, a.network); err != nil {
@@ -263,12 +273,22 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	a.tree = tree
 	a.metrics = metrics.New(cfg.NodeName, cfg.Version, server.KubernetesVersion)
 	cfg.Pods.Observer = a.metrics
-	a.table = pods.New(cfg.Pods, pods.Deps{
+	deps := pods.Deps{
 		Runtime: a.metrics.Runtime(a.cri, a.pod), Images: a.metrics.Images(a.cri), Volumes: a.volumes,
 		Objects: objects, Cgroups: tree, Events: a.events,
-	})
+	}
+	if cfg.Cluster != nil {
+		if err := a.join(cfg.Cluster, tree, &deps, objects); err != nil {
+			return nil, err
+		}
+	}
+	a.table = pods.New(cfg.Pods, deps)
 	cfg.Manifests.Recorder = a.events
-	a.source = manifests.New(cfg.Manifests, a.table)
+	var sink manifests.Sink = a.table
+	if a.cluster != nil {
+		sink = a.cluster.follow(cfg.NodeName, a.table)
+	}
+	a.source = manifests.New(cfg.Manifests, sink)
 	objects.Source = a.source
 	return a, nil
 }
@@ -297,10 +317,6 @@ func (a *agent) waitEmpty(ctx context.Context) error {
 		}
 	}
 }
-
-// localObjects breaks the circle source → table → volumes → source's objects:
-// it is filled before anything runs.
-type localObjects struct{ *manifests.Source }
 
 // openShim starts podd-shim, or finds the one that runs, and brings it to the
 // version of our own: in place, its containers do not notice.

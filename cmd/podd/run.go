@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,9 +28,12 @@ import (
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/cri/streaming"
 	"github.com/podd-runtime/podd/kubelet"
+	"github.com/podd-runtime/podd/kubelet/apiserver"
+	"github.com/podd-runtime/podd/kubelet/certs"
 	"github.com/podd-runtime/podd/kubelet/config"
 	"github.com/podd-runtime/podd/kubelet/events"
 	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/node"
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/shutdown"
@@ -165,7 +169,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string)
 	}
 	backoff := crashBackoff(cfg)
 	capacity := nodeCapacity()
-	return kubelet.Config{
+	out := kubelet.Config{
 		DataDir: p.DataDir, RunDir: p.RunDir, CRISocket: p.CRISocket, ShimProgram: shimProgram(p.ShimPath), ShimUnit: p.ShimUnit,
 		NodeName: p.NodeName, Version: version, Log: log,
 		CRI: cri.Config{
@@ -210,6 +214,44 @@ func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string)
 			AllowedUnsafeSysctls: k.AllowedUnsafeSysctls, UserIDsPerPod: cfg.UserIDsPerPod(), Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
 			Log: part("pods"),
 		},
+	}
+	if p.Kubeconfig != "" || p.BootstrapKubeconfig != "" {
+		inCluster(cfg, &out, hostIPs)
+	}
+	return out
+}
+
+// inCluster makes a node of a cluster of what would be one by itself.
+func inCluster(cfg *config.Config, out *kubelet.Config, hostIPs []string) {
+	k, p := &cfg.Kubelet, &cfg.Podd
+	capacity := node.Capacity(p.RootDir, int64(k.MaxPods))
+	low := cfg.Thresholds(capacity)
+	allocatable := node.Allocatable(capacity, cfg.Reserved(), low)
+	memoryLow, diskLow := low[v1.ResourceMemory], low[v1.ResourceEphemeralStorage]
+	out.Manifests.NoObjects = true
+	out.Pods.Sources = append(out.Pods.Sources, apiserver.SourceName)
+	out.Pods.Node.Allocatable = allocatable
+	out.Volumes.Allocatable = func() v1.ResourceList { return allocatable }
+	out.Events.Component = "kubelet" // the name that users of a cluster look for
+	out.Cluster = &kubelet.Cluster{
+		Certs: certs.Config{
+			Kubeconfig: p.Kubeconfig, Bootstrap: p.BootstrapKubeconfig, Dir: p.CertDir, NodeName: p.NodeName,
+			Rotate: k.RotateCertificates, Log: out.Log.With("part", "certs"),
+		},
+		ServingByCluster: k.ServerTLSBootstrap,
+		QPS:              float32(*k.KubeAPIQPS), Burst: int(k.KubeAPIBurst),
+		EventQPS: float32(*k.EventRecordQPS), EventBurst: int(k.EventBurst),
+		Node: node.Config{
+			Name: p.NodeName, Register: *k.RegisterNode, Labels: p.NodeLabels, Taints: cfg.Taints(),
+			StatusEvery: k.NodeStatusUpdateFrequency.Duration, ReportEvery: k.NodeStatusReportFrequency.Duration,
+			LeaseDuration: time.Duration(k.NodeLeaseDurationSeconds) * time.Second,
+		},
+		Machine: node.Machine{
+			Name: p.NodeName, IPs: hostIPs, Port: int(k.Port), Capacity: capacity, Allocatable: allocatable,
+			MemoryLow: memoryLow.Value(), DiskLow: diskLow.Value(), RootDir: p.RootDir,
+			MaxImages: int(*k.NodeStatusMaxImages), Version: version,
+		},
+		Enforce: slices.Contains(k.EnforceNodeAllocatable, "pods"),
 	}
 }
 

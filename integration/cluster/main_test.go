@@ -41,13 +41,6 @@ func fromRoot(parts ...string) string {
 // scheduler: those take minutes more to build.
 func full() bool { return os.Getenv("PODD_TEST_ALL") != "" }
 
-func long(t testing.TB) {
-	t.Helper()
-	if !full() {
-		t.Skip("needs the whole control plane: PODD_TEST_ALL=1, or make cluster-test")
-	}
-}
-
 var (
 	planeOnce sync.Once
 	thePlane  *control.Plane

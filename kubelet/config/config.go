@@ -402,6 +402,7 @@ func (c *Config) paths(l *loader) error {
 	p := &c.Podd
 	for field, path := range map[string]*string{
 		"dataDir": &p.DataDir, "runDir": &p.RunDir, "rootDir": &p.RootDir, "criSocket": &p.CRISocket,
+		"kubeconfig": &p.Kubeconfig, "bootstrapKubeconfig": &p.BootstrapKubeconfig, "certDir": &p.CertDir,
 		"registryConfigPath": &p.RegistryConfigPath, "cniConfDir": &p.CNIConfDir, "credentialsFile": &p.CredentialsFile,
 	} {
 		abs(path, "podd."+field)
@@ -417,6 +418,9 @@ func (c *Config) paths(l *loader) error {
 	}
 	if p.Instance == "" && p.RunDir != defaultRunDir {
 		p.Instance = fmt.Sprintf("%08x", crc32.ChecksumIEEE([]byte(p.RunDir)))
+	}
+	if p.CertDir == "" {
+		p.CertDir = filepath.Join(p.RootDir, "pki")
 	}
 	if p.CRISocket == "" {
 		p.CRISocket = filepath.Join(p.RunDir, "podd.sock")

@@ -102,8 +102,6 @@ func TestWarnings(t *testing.T) {
 		"evictionHard.memory.available": `"5%" ` + file + ":6",
 		"featureGates.NodeSwap":         "true " + file + ":10",
 		"imageServiceEndpoint":          `"unix:///x" --image-service-endpoint`,
-		"--kubeconfig":                  "/etc/kubernetes/kubelet.conf flag",
-		"--register-with-taints":        "a=b:NoSchedule flag",
 	}
 	for name, v := range want {
 		if got[name] != v {
@@ -171,7 +169,7 @@ volumeStatsAggPeriod: 0s
 	}
 	for _, w := range c.Warnings {
 		switch w.Name {
-		case "authentication.x509.clientCAFile", "containerRuntimeEndpoint", "rotateCertificates", "--kubeconfig", "--bootstrap-kubeconfig":
+		case "authentication.x509.clientCAFile", "containerRuntimeEndpoint":
 		default:
 			t.Errorf("warning about a default: %s", w)
 		}

@@ -39,27 +39,41 @@ var honoured = []string{
 	"featureGates.KubeletCrashLoopBackOffMax",
 	"featureGates.MemoryQoS",
 	"featureGates.ReduceDefaultCrashLoopBackOffDecay",
+	"eventBurst",
+	"eventRecordQPS",
 	"fileCheckFrequency",
 	"healthzBindAddress",
 	"healthzPort",
+	"kubeAPIBurst",
+	"kubeAPIQPS",
+	"kubeReserved",
 	"logging.format",
 	"logging.verbosity",
 	"maxParallelImagePulls",
 	"memoryReservationPolicy",
 	"memorySwap",
 	"memoryThrottlingFactor",
+	"maxPods",
+	"nodeLeaseDurationSeconds",
+	"nodeStatusMaxImages",
+	"nodeStatusReportFrequency",
+	"nodeStatusUpdateFrequency",
 	"podCIDR",
 	"podLogsDir",
 	"podPidsLimit",
 	"port",
 	"readOnlyPort",
+	"registerNode",
+	"registerWithTaints",
 	"resolvConf",
+	"rotateCertificates",
 	"runtimeRequestTimeout",
 	"seccompDefault",
 	"serializeImagePulls",
 	"shutdownGracePeriod",
 	"shutdownGracePeriodByPodPriority",
 	"shutdownGracePeriodCriticalPods",
+	"serverTLSBootstrap",
 	"singleProcessOOMKill",
 	"staticPodPath",
 	"streamingConnectionIdleTimeout",
@@ -67,6 +81,7 @@ var honoured = []string{
 	"tlsCipherSuites",
 	"tlsMinVersion",
 	"tlsPrivateKeyFile",
+	"systemReserved",
 	"userNamespaces",
 }
 
@@ -93,19 +108,31 @@ var usages = map[string]string{
 	"cpu-cfs-quota-period":                         "period of the CPU quota (default 100ms)",
 	"enable-debugging-handlers":                    "serve logs, exec, attach, port-forward and pprof (default true)",
 	"enable-server":                                "serve the kubelet API (default true)",
+	"event-burst":                                  "events sent to the apiserver at once at most (default 100)",
+	"event-qps":                                    "events sent to the apiserver a second; 0: no limit (default 50)",
 	"file-check-frequency":                         "time between two full looks at the manifests; changes are seen at once (default 20s)",
 	"healthz-bind-address":                         "address of /healthz (default 127.0.0.1)",
 	"healthz-port":                                 "port of /healthz; 0: none (default 10248)",
+	"kube-api-burst":                               "requests to the apiserver at once at most (default 100)",
+	"kube-api-qps":                                 "requests to the apiserver a second (default 50)",
+	"kube-reserved":                                "resources kept from pods for the node agent, as cpu=200m,memory=500Mi",
 	"logging-format":                               "text or json (default text)",
+	"max-pods":                                     "pods that the node takes in a cluster (default 110)",
+	"node-status-max-images":                       "images listed in the Node's status; -1: all (default 50)",
+	"node-status-update-frequency":                 "time between two looks at what the Node's status should say (default 10s)",
 	"pod-cidr":                                     "addresses of the built-in network (default: a free range)",
 	"pod-manifest-path":                            "directory of manifests, or one file (default /etc/kubernetes/manifests)",
 	"pod-max-pids":                                 "processes of one pod at most; -1: no limit (default -1)",
 	"port":                                         "port of the kubelet API (default 10250)",
 	"read-only-port":                               "port without authentication, for reading (default: none)",
+	"register-node":                                "register the Node at the apiserver (default true)",
 	"resolv-conf":                                  "the host's name servers for pods (default /etc/resolv.conf)",
+	"rotate-certificates":                          "renew the node's client certificate before it ends (default false)",
+	"rotate-server-certificates":                   "have the certificate of the node's API signed by the cluster (default false)",
 	"runtime-request-timeout":                      "time for one request of the runtime (default 2m0s)",
 	"serialize-image-pulls":                        "pull one image at a time (default false)",
 	"streaming-connection-idle-timeout":            "end streams that carry nothing for so long (default 4h0m0s)",
+	"system-reserved":                              "resources kept from pods for the system, as cpu=200m,memory=500Mi",
 	"tls-cert-file":                                "serving certificate of the kubelet API (default: self-signed)",
 	"tls-cipher-suites":                            "cipher suites of TLS below 1.3",
 	"tls-min-version":                              "least version of TLS",
@@ -123,9 +150,7 @@ var reasons = map[string]string{
 	"containerLogMaxWorkers":      "the writer rotates its log",
 	"containerLogMonitorInterval": "the writer rotates its log",
 	"volumePluginDir":             "FlexVolume is deprecated upstream",
-	"kubeconfig":                  "podd joins no cluster yet",
-	"bootstrap-kubeconfig":        "podd joins no cluster yet",
-	"cloud-provider":              "podd joins no cluster yet",
+	"cloud-provider":              "a cloud's own controller does this",
 	"containerd":                  "podd is the container runtime",
 }
 
@@ -161,6 +186,16 @@ func (c *Config) check(l *loader) error {
 		return fmt.Errorf("%s: %s: %s: %w", where, name, fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)
 	}
 	k, p := &c.Kubelet, &c.Podd
+	if _, err := parseTaints(p.RegisterWithTaints); err != nil {
+		return bad("podd.registerWithTaints", "%v", err)
+	}
+	for field, reserved := range map[string]map[string]string{"kubelet.kubeReserved": k.KubeReserved, "kubelet.systemReserved": k.SystemReserved} {
+		for name, text := range reserved {
+			if _, err := resource.ParseQuantity(text); err != nil {
+				return bad(field, "%s=%s is no quantity", name, text)
+			}
+		}
+	}
 	if d := k.CgroupDriver; d != "cgroupfs" && d != "systemd" {
 		return bad("kubelet.cgroupDriver", "%q: want cgroupfs or systemd", d)
 	}

@@ -66,7 +66,7 @@ func TestPackagedConfiguration(t *testing.T) {
 	}
 
 	// What has no default of its own is an example: it is left out.
-	for _, name := range []string{"shutdownGracePeriodByPodPriority", "maxParallelImagePulls", "serializeImagePulls", "singleProcessOOMKill", "userNamespaces", "memorySwap", "featureGates"} {
+	for _, name := range []string{"shutdownGracePeriodByPodPriority", "maxParallelImagePulls", "serializeImagePulls", "singleProcessOOMKill", "userNamespaces", "memorySwap", "featureGates", "systemReserved", "kubeReserved"} {
 		shown = regexp.MustCompile(`(?m)^`+name+`:.*\n([- ].*\n)*`).ReplaceAllString(shown, "")
 	}
 	all := load(shown)
@@ -79,7 +79,7 @@ func TestPackagedConfiguration(t *testing.T) {
 		got, def := reflect.ValueOf(part.got), reflect.ValueOf(part.def)
 		for i := range got.NumField() {
 			g, d := got.Field(i), def.Field(i)
-			empty := g.Kind() == reflect.Slice && g.Len() == 0 && d.Len() == 0
+			empty := (g.Kind() == reflect.Slice || g.Kind() == reflect.Map) && g.Len() == 0 && d.Len() == 0
 			if !empty && !reflect.DeepEqual(g.Interface(), d.Interface()) {
 				t.Errorf("%s.%s: shown as %v, but the default is %v", part.name, got.Type().Field(i).Name, g.Interface(), d.Interface())
 			}

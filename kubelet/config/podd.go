@@ -37,6 +37,23 @@ type PoddConfiguration struct {
 	// preferred one first. Default: found out. Flag --node-ip, as upstream's.
 	NodeIPs []string `json:"nodeIPs,omitempty"`
 
+	// Kubeconfig makes this machine a node of the cluster that it names; with
+	// BootstrapKubeconfig it is written when the node has joined by a bootstrap
+	// token. Default: none, a node without a cluster. Flags --kubeconfig and
+	// --bootstrap-kubeconfig, as upstream's.
+	Kubeconfig          string `json:"kubeconfig,omitempty"`
+	BootstrapKubeconfig string `json:"bootstrapKubeconfig,omitempty"`
+	// CertDir keeps the node's certificates. Default pki in RootDir. Flag
+	// --cert-dir, as upstream's.
+	CertDir string `json:"certDir,omitempty"`
+	// NodeLabels that the Node is registered with. Flag --node-labels, as
+	// upstream's.
+	NodeLabels map[string]string `json:"nodeLabels,omitempty"`
+	// RegisterWithTaints, written key=value:Effect and separated by commas, are
+	// taints that the Node is registered with besides those of the
+	// KubeletConfiguration. Flag --register-with-taints, as upstream's.
+	RegisterWithTaints string `json:"registerWithTaints,omitempty"`
+
 	// RegistryConfigPath is a directory of registries' settings as containerd
 	// has it: <host>/hosts.toml and _default/hosts.toml. Default
 	// /etc/podd/certs.d. Flag --registry-config-path.

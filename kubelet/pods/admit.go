@@ -113,6 +113,9 @@ func (w *worker) admit(l *life) {
 		reason, message = w.t.cfg.Admit(l.d.Pod)
 	}
 	if reason == "" {
+		reason, message = w.place(l)
+	}
+	if reason == "" {
 		return
 	}
 	w.event(l, "", v1.EventTypeWarning, reason, "%s", message)

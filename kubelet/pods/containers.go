@@ -170,7 +170,11 @@ func (s *launch) config(ctx context.Context) (*runtimeapi.ContainerConfig, func(
 	if err != nil {
 		return nil, nil, err
 	}
-	env, err := node.Environment(s.pod, s.c, spec.EnvSources{Objects: deps.Objects, PodIPs: s.sandbox.IPs, File: s.envFile, Services: deps.Services})
+	src := spec.EnvSources{Objects: deps.Objects, PodIPs: s.sandbox.IPs, File: s.envFile}
+	if deps.Services != nil {
+		src.Services = func(string, bool) (map[string]string, error) { return deps.Services(ctx, s.pod) }
+	}
+	env, err := node.Environment(s.pod, s.c, src)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -157,6 +157,7 @@ func (w *worker) forget(l *life) {
 	if have := w.published.Load(); have != nil && have.UID == pod.UID {
 		w.t.gone(w, have)
 	}
+	w.t.admitted.leaves(pod.UID)
 	w.t.release(pod.UID)
 	w.t.freed()
 	w.log.Info("pod is gone", "uid", pod.UID)
@@ -259,6 +260,7 @@ func (w *worker) compare(l *life, before *v1.Pod, lenient bool) {
 func (w *worker) fail(l *life, reason, message string) {
 	l.failed = &status.Cause{Reason: reason, Message: message}
 	l.o.Completed = true
+	w.t.admitted.leaves(l.d.Pod.UID)
 	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: reason, Message: message, Failed: true})
 }
 
@@ -268,6 +270,7 @@ func (w *worker) revive(l *life) {
 		return
 	}
 	l.undisrupt()
+	w.t.admitted.keeps(l.d.Pod)
 	l.d.Stop, l.stopped, l.o.Completed, l.failed = nil, false, false, nil
 	l.status.Phase, l.status.Reason, l.status.Message = v1.PodPending, "", ""
 	clear(l.o.Kills)

@@ -23,6 +23,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podd-runtime/podd/cgroups"
+	"github.com/podd-runtime/podd/kubelet/admission"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/probes"
 )
@@ -78,9 +79,12 @@ type Deps struct {
 	Objects spec.Objects
 	Cgroups cgroups.Pods
 	Events  Recorder
-	// Services are the variables of a cluster's services, see
-	// spec.EnvSources; nil without a cluster.
-	Services func(namespace string, links bool) (map[string]string, error)
+	// Admit decides whether the node takes a pod beside the others that are
+	// not over; nil: it takes all.
+	Admit func(ctx context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict
+	// Services are the variables that a pod gets for the cluster's services,
+	// see spec.EnvSources; nil without a cluster.
+	Services func(ctx context.Context, pod *v1.Pod) (map[string]string, error)
 	// RuntimeClass gives the runtime handler of a RuntimeClass; nil: the node
 	// knows none.
 	RuntimeClass func(name string) (handler string, err error)

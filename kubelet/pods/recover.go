@@ -154,6 +154,9 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 		}
 	}
 	w.lives = append(w.lives, l)
+	if !l.o.Completed {
+		t.admitted.keeps(l.d.Pod)
+	}
 }
 
 // meet is the first look at a pod of the last run.

@@ -32,6 +32,7 @@ type Table struct {
 	sysctls *Sysctls
 	probes  *probes.Scheduler
 	limits  limits
+	admitted
 	// ctx of everything that is under way; set by Run before any worker runs.
 	ctx       context.Context
 	ops       sync.WaitGroup // calls under way
@@ -94,6 +95,7 @@ func New(cfg Config, deps Deps) *Table {
 			told: map[types.UID][]*worker{}, blocked: map[types.UID][]*worker{},
 		},
 	}
+	t.admitted.pods = map[types.UID]*v1.Pod{}
 	t.sweeper = &worker{t: t, key: types.NamespacedName{Name: "sweep"}, log: cfg.Log, wake: make(chan struct{}, 1)}
 	var probed func(probes.Target, probes.Kind, string, time.Duration)
 	if cfg.Observer != nil {

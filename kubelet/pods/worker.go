@@ -154,11 +154,11 @@ func (w *worker) begin() bool {
 	l := newLife(n.source, n.pod)
 	w.lives = append(w.lives, l)
 	w.log.Info("pod begins", "uid", n.pod.UID, "source", n.source)
-	w.admit(l)
 	if n.pod.DeletionTimestamp != nil {
 		w.delete(l, n.source, n.pod)
 		w.publish(l) // so that its end is told
 	}
+	w.admit(l)
 	return true
 }
 
@@ -210,6 +210,7 @@ func (w *worker) do(l *life, a Action) bool {
 		w.runResize(l)
 	case Complete:
 		l.o.Completed = true
+		w.t.admitted.leaves(l.d.Pod.UID)
 		w.log.Info("pod completed", "uid", l.d.Pod.UID)
 		return true
 	case Expire:

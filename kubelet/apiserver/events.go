@@ -1,0 +1,142 @@
+package apiserver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"time"
+
+	v1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/util/flowcontrol"
+)
+
+// Events are passed on to the apiserver as the node's store has put them
+// together: one that repeats is patched with its count, and no object gets
+// more than a burst of them (client-go's record: 25, then one in five minutes).
+type Events struct {
+	client *Client
+	from   interface {
+		Watch(ctx context.Context) <-chan watch.Event
+	}
+	log   *slog.Logger
+	limit flowcontrol.RateLimiter
+
+	sent    map[types.NamespacedName]bool
+	buckets map[types.UID]*bucket
+}
+
+// bucket of one object's events.
+type bucket struct {
+	tokens float64
+	filled time.Time
+}
+
+const (
+	eventBurst  = 25
+	eventRefill = 5 * time.Minute // for one more
+	// eventTries of one event; then it is dropped, as upstream does.
+	eventTries = 12
+)
+
+// NewEvents returns Events that sends at most qps events a second, after a
+// burst; qps 0: no limit.
+func NewEvents(client *Client, from interface {
+	Watch(ctx context.Context) <-chan watch.Event
+}, qps float32, burst int, log *slog.Logger) *Events {
+	e := &Events{client: client, from: from, log: log, sent: map[types.NamespacedName]bool{}, buckets: map[types.UID]*bucket{}}
+	if qps > 0 {
+		e.limit = flowcontrol.NewTokenBucketRateLimiter(qps, burst)
+	}
+	return e
+}
+
+// Run passes on what happens from now on until ctx ends. A backlog is merged by
+// the store, so a long silence of the apiserver costs no memory.
+func (e *Events) Run(ctx context.Context) error {
+	began := time.Now()
+	for ev := range e.from.Watch(ctx) {
+		event, ok := ev.Object.(*v1.Event)
+		if !ok || ev.Type == watch.Deleted || event.LastTimestamp.Time.Before(began.Truncate(time.Second)) {
+			continue // of an earlier run
+		}
+		if !e.admit(event) {
+			continue
+		}
+		if e.limit != nil && e.limit.Wait(ctx) != nil {
+			return nil
+		}
+		e.send(ctx, event)
+	}
+	return nil
+}
+
+// admit says whether the object of the event has not had too many already.
+func (e *Events) admit(event *v1.Event) bool {
+	now := time.Now()
+	uid := event.InvolvedObject.UID
+	b := e.buckets[uid]
+	if b == nil {
+		if len(e.buckets) > 4096 {
+			clear(e.buckets)
+			clear(e.sent)
+		}
+		b = &bucket{tokens: eventBurst, filled: now}
+		e.buckets[uid] = b
+	}
+	b.tokens = min(eventBurst, b.tokens+float64(now.Sub(b.filled))/float64(eventRefill))
+	b.filled = now
+	if b.tokens < 1 {
+		return false
+	}
+	b.tokens--
+	return true
+}
+
+func (e *Events) send(ctx context.Context, event *v1.Event) {
+	key := name(event)
+	ref := Ref{Resource: "events", Namespace: event.Namespace}
+	for try := 1; ctx.Err() == nil; try++ {
+		var err error
+		if e.sent[key] {
+			one := ref
+			one.Name = event.Name
+			var patch []byte
+			patch, err = json.Marshal(map[string]any{
+				"count": event.Count, "lastTimestamp": event.LastTimestamp, "message": event.Message,
+			})
+			if err == nil {
+				err = e.client.Patch(ctx, one, patch, nil)
+			}
+			if apierrors.IsNotFound(err) { // it was an hour ago
+				delete(e.sent, key)
+				continue
+			}
+		} else {
+			made := event.DeepCopy()
+			made.ResourceVersion, made.CreationTimestamp = "", metav1.Time{}
+			err = e.client.Create(ctx, ref, made, nil)
+			if apierrors.IsAlreadyExists(err) {
+				e.sent[key] = true
+				continue
+			}
+		}
+		var status *apierrors.StatusError
+		switch {
+		case err == nil:
+			e.sent[key] = true
+			return
+		case errors.As(err, &status) && !apierrors.IsTooManyRequests(err) && !apierrors.IsInternalError(err) && !apierrors.IsServerTimeout(err):
+			e.log.Debug("event is refused", "object", event.InvolvedObject.Name, "reason", event.Reason, "error", err)
+			return
+		case try >= eventTries:
+			e.log.Warn("event is dropped: the apiserver does not answer", "object", event.InvolvedObject.Name, "reason", event.Reason, "error", err)
+			return
+		}
+		sleep(ctx, Backoff(try, time.Second, 10*time.Second))
+	}
+}
