@@ -64,6 +64,12 @@ func (a *agent) openAPI(tree *cgroups.Tree) (_ *nodeAPI, err error) {
 	if k == nil {
 		return nil, nil
 	}
+	if c := a.cluster; c != nil {
+		cfg.Reviews = c.client
+		if c.serving != nil {
+			cfg.Certificate = c.serving.GetCertificate
+		}
+	}
 	if err := checkReviews(cfg); err != nil {
 		return nil, err
 	}

@@ -74,6 +74,14 @@ func TestNode(t *testing.T) {
 	}
 	node.Await(t, "the bound pod ready", time.Minute, func() bool { return ready("bound") })
 
+	// The apiserver asks the node's own API, which asks back whether it may.
+	if log, err := pods.GetLogs("bound", &v1.PodLogOptions{Timestamps: true}).DoRaw(t.Context()); err != nil {
+		t.Errorf("logs through the apiserver: %v, %s", err, log)
+	}
+	if _, err := p.Client.CoreV1().RESTClient().Get().Resource("nodes").Name("one").SubResource("proxy").Suffix("stats/summary").DoRaw(t.Context()); err != nil {
+		t.Errorf("statistics through the apiserver: %v", err)
+	}
+
 	// One that does not fit is rejected, with upstream's reason.
 	big := pod.DeepCopy()
 	big.Name = "big"

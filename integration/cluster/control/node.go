@@ -2,6 +2,8 @@ package control
 
 import (
 	"context"
+	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -19,7 +21,13 @@ func (p *Plane) NewNode(t testing.TB, name string, flags ...string) *node.Node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.NewNodeWith(t, name, append([]string{"--kubeconfig", kubeconfig}, flags...)...)
+	ports, err := freePorts(1) // where the apiserver reaches it
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.NewNodeWith(t, name, append([]string{
+		"--kubeconfig", kubeconfig, "--client-ca-file", filepath.Join(p.Dir, "pki", "ca.crt"), "--port", strconv.Itoa(ports[0]),
+	}, flags...)...)
 }
 
 // NewNodeWith is NewNode with credentials of the caller's.
