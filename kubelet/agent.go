@@ -92,6 +92,11 @@ var ErrReload = errors.New("reload")
 // Run is the agent's life: it returns when ctx ends, with every container
 // still running, or when a part cannot go on.
 func Run(ctx context.Context, cfg Config) error {
+	if cfg.Cluster == nil { // before anything is started
+		if err := checkReviews(cfg.API); err != nil {
+			return err
+		}
+	}
 	a, err := open(ctx, cfg)
 	if err != nil {
 		return err

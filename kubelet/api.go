@@ -70,9 +70,6 @@ func (a *agent) openAPI(tree *cgroups.Tree) (_ *nodeAPI, err error) {
 			cfg.Certificate = c.serving.GetCertificate
 		}
 	}
-	if err := checkReviews(cfg); err != nil {
-		return nil, err
-	}
 	n := &nodeAPI{a: a, cfg: cfg, metrics: a.metrics}
 	defer func() {
 		if err != nil {
@@ -109,10 +106,10 @@ func (a *agent) openAPI(tree *cgroups.Tree) (_ *nodeAPI, err error) {
 // checkReviews refuses what was asked for and cannot be: a cluster's verdict
 // without a cluster. As a default it only means that nobody is let in.
 func checkReviews(cfg APIConfig) error {
-	if cfg.Reviews != nil {
+	k := cfg.Kubelet
+	if k == nil {
 		return nil
 	}
-	k := cfg.Kubelet
 	if on := k.Authentication.Webhook.Enabled; on != nil && *on && cfg.Said("authentication.webhook.enabled") {
 		return fmt.Errorf("authentication.webhook.enabled (--authentication-token-webhook): there is no cluster to ask: set it to false, or give --kubeconfig: %w", errdefs.ErrInvalidArgument)
 	}
