@@ -10,11 +10,16 @@
 # critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
 # is the digest to compile in instead, that of the stand-in.
 #
-# What is there already is kept. Nothing of it is part of podd.
+# What is there already is kept. What was built is also kept by its version in
+# $XDG_CACHE_HOME/podd/peers (~/.cache/podd/peers), where the next checkout finds
+# it. Nothing of it is part of podd.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd); shift
+exec 9>"$out/.lock"
+flock 9 # two builds of one program would write the same module
+store=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/podd/peers
 [ $# -gt 0 ] || set -- kubelet containerd runc cni
-K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8
+K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8 CNI=v1.9.0
 export GOFLAGS=-mod=mod
 
 # module NAME REQUIRE… : a scratch module in $out/src/NAME
@@ -31,7 +36,28 @@ sources() {
 	rm -rf "$out/src/$name" && cp -r "$dir" "$out/src/$name" && chmod -R u+w "$out/src/$name" && cd "$out/src/$name"
 }
 
+# copy FROM TO FILE… ; each is whole or not there
+copy() {
+	from=$1 to=$2; shift 2
+	for f; do [ -x "$from/$f" ] || return 1; done
+	mkdir -p "$to" 2>/dev/null || return 1
+	for f; do cp "$from/$f" "$to/.$f.$$" 2>/dev/null && mv "$to/.$f.$$" "$to/$f" || return 1; done
+}
+
 for peer; do
+	files=$peer
+	case $peer in
+	kubelet | kube-* | kubectl) version=$K8S ;;
+	etcd) version=$ETCD ;;
+	containerd) version=$CONTAINERD files="containerd containerd-shim-runc-v2" ;;
+	runc) version=$RUNC ;;
+	critest) version=$CRITOOLS-${CRITEST_PINNED:-as-is} ;;
+	ginkgo | crictl) version=$CRITOOLS ;;
+	cni) version=$CNI files="bridge loopback host-local portmap" ;;
+	esac
+	kept=$store/$peer-${version:-}-$(uname -m)
+	# shellcheck disable=SC2086
+	[ "$peer" = critest ] || for f in $files; do [ -x "$out/$f" ] || { copy "$kept" "$out" $files && echo "$peer was built before"; break; }; done
 	case $peer in
 	kubelet | kube-apiserver | kube-controller-manager | kube-scheduler | kubectl)
 		[ -x "$out/$peer" ] && continue
@@ -57,6 +83,7 @@ for peer; do
 		go build -ldflags "-s -w" -tags seccomp -o "$out/runc" . ;;
 	critest)
 		[ -x "$out/critest" ] && grep -q "${CRITEST_PINNED:-sha256:}" "$out/critest" && continue
+		copy "$kept" "$out" critest && continue
 		sources sigs.k8s.io/cri-tools $CRITOOLS
 		[ -z "${CRITEST_PINNED:-}" ] || sed -i "s/\(test-image-digest@\)sha256:[0-9a-f]*/\1$CRITEST_PINNED/" pkg/validate/consts.go
 		CGO_ENABLED=0 go test -c -ldflags "-s -w" -o "$out/critest" ./cmd/critest ;;
@@ -70,9 +97,11 @@ for peer; do
 		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/crictl" ./cmd/crictl ;;
 	cni)
 		[ -x "$out/portmap" ] && continue
-		sources github.com/containernetworking/plugins v1.9.0
+		sources github.com/containernetworking/plugins $CNI
 		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/" ./plugins/main/bridge ./plugins/main/loopback ./plugins/ipam/host-local ./plugins/meta/portmap ;;
 	*) echo "build.sh: unknown peer $peer" >&2; exit 2 ;;
 	esac
 	echo "built $peer"
+	# shellcheck disable=SC2086
+	copy "$out" "$kept" $files || true # a cache
 done
