@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/cri/shim/internal/program"
 )
 
 // sandbox is a pause process.
@@ -250,8 +251,19 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 
 	pidfd := -1
 	attr.PidFD = &pidfd
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	prog, err := s.pause.Descriptor(null.Fd(), null.Fd(), null.Fd(), statusW.Fd(), send.Fd(), recv.Fd(), s.empty.Fd())
+	if err != nil {
+		return err
+	}
+	defer unix.Close(prog)
 	cmd := &exec.Cmd{
-		Path: fmt.Sprintf("/proc/self/fd/%d", s.pause.Fd()), Args: args, Env: []string{}, Dir: "/",
+		Path: program.Path(prog), Args: args, Env: []string{}, Dir: "/",
+		Stdin: null, Stdout: null, Stderr: null,
 		ExtraFiles:  []*os.File{pauseStatus - 3: statusW, pauseStoreSend - 3: send, pauseStoreRecv - 3: recv, pauseRoot - 3: s.empty},
 		SysProcAttr: attr,
 	}

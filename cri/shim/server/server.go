@@ -30,6 +30,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/cri/shim/internal/program"
 	"github.com/podd-runtime/podd/cri/shim/internal/wire"
 )
 
@@ -58,9 +59,9 @@ type Server struct {
 	events  *eventLog
 	filters *filters
 	host    *host
-	pause   *os.File // memfd with the pause program
-	enter   *os.File // memfd with the program of execs
-	empty   *os.File // root directory of pause processes
+	pause   *program.Program
+	enter   *program.Program // of execs
+	empty   *os.File         // root directory of pause processes
 
 	containers store
 	sandboxes  store
@@ -108,10 +109,10 @@ func New(cfg Config) (*Server, error) {
 	if s.host, err = probeHost(); err != nil {
 		return nil, err
 	}
-	if s.pause, err = sealedProgram("pause", cfg.Pause); err != nil {
+	if s.pause, err = program.New("pause", cfg.Pause); err != nil {
 		return nil, err
 	}
-	if s.enter, err = sealedProgram("enter", cfg.Enter); err != nil {
+	if s.enter, err = program.New("enter", cfg.Enter); err != nil {
 		return nil, err
 	}
 	if s.empty, err = emptyRoot(); err != nil {
@@ -132,36 +133,6 @@ func New(cfg Config) (*Server, error) {
 }
 
 func (s *Server) path(name string) string { return filepath.Join(s.dir, name) }
-
-// sealedProgram puts a program into a sealed memfd with a number that no
-// child's descriptors collide with.
-func sealedProgram(name string, data []byte) (*os.File, error) {
-	if len(data) == 0 {
-		return nil, fmt.Errorf("program %s is missing in this build; use cmd/podd-shim/build.sh: %w", name, errdefs.ErrFailedPrecondition)
-	}
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
-	if err == unix.EINVAL { // before Linux 6.3
-		fd, err = unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("memfd for %s: %w", name, err)
-	}
-	defer unix.Close(fd)
-	if _, err := writeAll(fd, data); err != nil {
-		return nil, err
-	}
-	if err := unix.Fchmod(fd, 0o555); err != nil {
-		return nil, err
-	}
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE); err != nil {
-		return nil, fmt.Errorf("seal %s: %w", name, err)
-	}
-	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 64)
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(high), name), nil
-}
 
 // emptyRoot returns the root of an empty, read-only mount that is attached
 // nowhere: nothing is above it.

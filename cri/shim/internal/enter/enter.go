@@ -50,6 +50,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/cri/shim/internal/program"
 )
 
 // Plan is what the process shall be. Strings must not contain NUL.
@@ -107,7 +109,7 @@ type Attribute struct{ File, Text string }
 
 // Descriptors of the process that is started.
 type Descriptors struct {
-	Program *os.File // cmd/enter
+	Program *program.Program // cmd/enter
 	Streams [3]uintptr
 	Init    int // pidfd of the container's init
 	Cgroup  int // directory of a v2 cgroup to be born in; -1: none
@@ -174,7 +176,13 @@ func Start(p *Plan, d Descriptors) (_ *Process, err error) {
 	if d.Cgroup >= 0 {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, d.Cgroup
 	}
-	outer, err := syscall.ForkExec(fmt.Sprintf("/proc/self/fd/%d", d.Program.Fd()), []string{"podd-enter"}, attr)
+	prog, err := d.Program.Descriptor(attr.Files...)
+	if err != nil {
+		unix.Close(theirs)
+		return nil, err
+	}
+	outer, err := syscall.ForkExec(program.Path(prog), []string{"podd-enter"}, attr)
+	unix.Close(prog)
 	unix.Close(theirs)
 	if err != nil {
 		return nil, &Unable{"start in the cgroup", err}
