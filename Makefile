@@ -14,11 +14,11 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables dbus-daemon
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration soak critest cluster-test node-test node-shell bench check deb install uninstall deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration soak critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: podd podd-shim podd-cli ## Build bin/podd, bin/podd-shim and bin/podd-cli
 
@@ -81,6 +81,9 @@ critest: test-deps ## Run upstream's validation suite of the CRI against bin/pod
 
 cluster-test: test-deps ## Run podd as a node of upstream's control plane (as root; builds that at first, for minutes)
 	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests cluster
+
+e2e: test-deps ## Run Kubernetes' own end-to-end tests with podd as the node: PODD_E2E_FOCUS=… (as root; builds them at first, for many minutes)
+	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests e2e
 
 bench: deps build ## Measure podd next to upstream's kubelet and containerd (as root; builds those at first, for minutes)
 	@integration/peer/build.sh .cache/peers

@@ -13,6 +13,7 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 
+	"github.com/podd-runtime/podd/integration/isolated"
 	"github.com/podd-runtime/podd/integration/node"
 )
 
@@ -194,7 +195,7 @@ func startKubelet(t *testing.T, n *node.Node, config, root, pki string) {
 	}
 	defer log.Close()
 	cmd := exec.Command(filepath.Join(peers(), "kubelet"), "--config", config, "--root-dir", root, "--cert-dir", pki,
-		"--hostname-override", "upstream", "--node-ip", nodeIP)
+		"--hostname-override", "upstream", "--node-ip", isolated.NodeIP)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {

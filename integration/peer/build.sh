@@ -5,6 +5,7 @@
 #
 #   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl
 #                           etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
+#                           kube-proxy e2e.test agnhost
 #                           (default: the first four)
 #
 # critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
@@ -20,7 +21,8 @@ flock 9 # two builds of one program would write the same module
 store=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/podd/peers
 [ $# -gt 0 ] || set -- kubelet containerd runc cni
 K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8 CNI=v1.9.0
-export GOFLAGS=-mod=mod
+# -trimpath: what podd depends on too is compiled once for both.
+export GOFLAGS="-mod=mod -trimpath"
 
 # module NAME REQUIRE… : a scratch module in $out/src/NAME
 module() {
@@ -44,10 +46,21 @@ copy() {
 	for f; do cp "$from/$f" "$to/.$f.$$" 2>/dev/null && mv "$to/.$f.$$" "$to/$f" || return 1; done
 }
 
+VERSIONED="-s -w -X k8s.io/component-base/version.gitVersion=$K8S"
+# kubernetes NAME : a scratch module that builds parts of Kubernetes
+kubernetes() {
+	module "$1" "k8s.io/kubernetes $K8S"
+	dir=$(go mod download -json "k8s.io/kubernetes@$K8S" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
+	sed -n 's/^\t\(k8s.io\/[a-z-]*\) => .*/\1/p' "$dir/go.mod" | while read -r m; do
+		echo "replace $m => $m $STAGING" >> go.mod
+	done
+}
+
 for peer; do
 	files=$peer
 	case $peer in
-	kubelet | kube-* | kubectl) version=$K8S ;;
+	kubelet | kube-* | kubectl | e2e.test) version=$K8S ;;
+	agnhost) version=$K8S files="agnhost localhost.crt localhost.key" ;;
 	etcd) version=$ETCD ;;
 	containerd) version=$CONTAINERD files="containerd containerd-shim-runc-v2" ;;
 	runc) version=$RUNC ;;
@@ -59,15 +72,21 @@ for peer; do
 	# shellcheck disable=SC2086
 	[ "$peer" = critest ] || for f in $files; do [ -x "$out/$f" ] || { copy "$kept" "$out" $files && echo "$peer was built before"; break; }; done
 	case $peer in
-	kubelet | kube-apiserver | kube-controller-manager | kube-scheduler | kubectl)
+	kubelet | kube-apiserver | kube-controller-manager | kube-scheduler | kube-proxy | kubectl)
 		[ -x "$out/$peer" ] && continue
-		module "$peer" "k8s.io/kubernetes $K8S"
-		dir=$(go mod download -json "k8s.io/kubernetes@$K8S" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p')
-		sed -n 's/^\t\(k8s.io\/[a-z-]*\) => .*/\1/p' "$dir/go.mod" | while read -r m; do
-			echo "replace $m => $m $STAGING" >> go.mod
-		done
-		CGO_ENABLED=0 go build -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$K8S" \
-			-o "$out/$peer" "k8s.io/kubernetes/cmd/$peer" ;;
+		kubernetes "$peer"
+		CGO_ENABLED=0 go build -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/cmd/$peer" ;;
+	agnhost) # upstream's image of the end-to-end tests is little else
+		[ -x "$out/$peer" ] && continue
+		kubernetes "$peer"
+		CGO_ENABLED=0 go build -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/test/images/agnhost"
+		for f in localhost.crt localhost.key; do # it serves with these
+			install -m 755 "$dir/test/images/agnhost/porter/$f" "$out/"
+		done ;;
+	e2e.test)
+		[ -x "$out/$peer" ] && continue
+		kubernetes "$peer"
+		CGO_ENABLED=0 go test -c -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/test/e2e" ;;
 	etcd)
 		[ -x "$out/etcd" ] && continue
 		module etcd "go.etcd.io/etcd/server/v3 $ETCD"
@@ -80,7 +99,7 @@ for peer; do
 	runc)
 		[ -x "$out/runc" ] && continue
 		sources github.com/opencontainers/runc $RUNC
-		go build -ldflags "-s -w" -tags seccomp -o "$out/runc" . ;;
+		CGO_ENABLED=1 go build -ldflags "-s -w" -tags seccomp -o "$out/runc" . ;;
 	critest)
 		[ -x "$out/critest" ] && grep -q "${CRITEST_PINNED:-sha256:}" "$out/critest" && continue
 		copy "$kept" "$out" critest && continue

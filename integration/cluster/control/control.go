@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -31,7 +32,15 @@ import (
 var (
 	APIOnly  = []string{"etcd", "kube-apiserver"}
 	Complete = []string{"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"}
+	// WithServices is Complete and a kube-proxy for the one node of StartAt.
+	WithServices = append(slices.Clone(Complete), "kube-proxy")
 )
+
+// ServiceIP is where pods find the apiserver, the first of the services' range.
+const ServiceIP = "10.96.0.1"
+
+// NodeName is that of the node whose services kube-proxy serves.
+const NodeName = "node1"
 
 // Plane is a control plane that runs.
 type Plane struct {
@@ -45,6 +54,7 @@ type Plane struct {
 	Client kubernetes.Interface
 
 	bin   string
+	addr  string // where the apiserver is for pods; "": they cannot reach it
 	ca    *authority
 	ports struct{ etcd, peer, api int }
 	mu    sync.Mutex
@@ -53,8 +63,15 @@ type Plane struct {
 
 // Start starts the programs named, from the directory bin, with their state in
 // dir, and returns when the apiserver is ready.
-func Start(ctx context.Context, bin, dir string, programs ...string) (_ *Plane, err error) {
-	p := &Plane{Dir: dir, bin: bin, procs: map[string]*process{}}
+func Start(ctx context.Context, bin, dir string, programs ...string) (*Plane, error) {
+	return StartAt(ctx, bin, dir, "", programs...)
+}
+
+// StartAt is Start with an apiserver that pods reach, at addr, an address of
+// this network namespace other than a loopback one, and by services. It is
+// meant for a namespace that has nothing else.
+func StartAt(ctx context.Context, bin, dir, addr string, programs ...string) (_ *Plane, err error) {
+	p := &Plane{Dir: dir, bin: bin, addr: addr, procs: map[string]*process{}}
 	defer func() {
 		if err != nil {
 			p.Stop()
@@ -127,8 +144,8 @@ func (p *Plane) StopProgram(name string, sig syscall.Signal) {
 
 // Stop ends everything, what was started last first.
 func (p *Plane) Stop() {
-	for i := len(Complete) - 1; i >= 0; i-- {
-		p.StopProgram(Complete[i], syscall.SIGKILL)
+	for i := len(WithServices) - 1; i >= 0; i-- {
+		p.StopProgram(WithServices[i], syscall.SIGKILL)
 	}
 }
 
@@ -154,25 +171,28 @@ func (p *Plane) args(name string) ([]string, error) {
 			"--log-level=warn",
 		}, nil
 	case "kube-apiserver":
-		return []string{
-			"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none",
+		listen := []string{"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none"}
+		if p.addr != "" {
+			listen = []string{"--bind-address=0.0.0.0", "--advertise-address=" + p.addr}
+		}
+		return append(listen,
 			fmt.Sprintf("--secure-port=%d", p.ports.api),
 			fmt.Sprintf("--etcd-servers=http://127.0.0.1:%d", p.ports.etcd),
 			"--service-cluster-ip-range=10.96.0.0/16",
 			"--allow-privileged", "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
 			"--enable-bootstrap-token-auth", "--anonymous-auth=false",
-			"--tls-cert-file=" + pki("apiserver.crt"), "--tls-private-key-file=" + pki("apiserver.key"),
-			"--client-ca-file=" + pki("ca.crt"),
-			"--kubelet-client-certificate=" + pki("kubelet-client.crt"), "--kubelet-client-key=" + pki("kubelet-client.key"),
+			"--tls-cert-file="+pki("apiserver.crt"), "--tls-private-key-file="+pki("apiserver.key"),
+			"--client-ca-file="+pki("ca.crt"),
+			"--kubelet-client-certificate="+pki("kubelet-client.crt"), "--kubelet-client-key="+pki("kubelet-client.key"),
 			"--kubelet-preferred-address-types=InternalIP",
-			"--service-account-key-file=" + pki("sa.pub"), "--service-account-signing-key-file=" + pki("sa.key"),
+			"--service-account-key-file="+pki("sa.pub"), "--service-account-signing-key-file="+pki("sa.key"),
 			"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
 			// Tokens live as long as they were asked for, not a year.
 			"--service-account-extend-token-expiration=false",
-			"--audit-log-path=" + p.AuditLog(), "--audit-policy-file=" + filepath.Join(p.Dir, "audit.yaml"),
+			"--audit-log-path="+p.AuditLog(), "--audit-policy-file="+filepath.Join(p.Dir, "audit.yaml"),
 			"--audit-log-mode=blocking",
 			"--shutdown-delay-duration=0s",
-		}, nil
+		), nil
 	case "kube-controller-manager":
 		port, err := freePorts(1)
 		if err != nil {
@@ -199,6 +219,16 @@ func (p *Plane) args(name string) ([]string, error) {
 			"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", port[0]), "--leader-elect=false",
 			"--cert-dir=" + filepath.Join(p.Dir, name),
 			"--kube-api-qps=500", "--kube-api-burst=1000",
+		}, nil
+	case "kube-proxy":
+		ports, err := freePorts(2)
+		if err != nil {
+			return nil, err
+		}
+		return []string{
+			"--kubeconfig=" + p.Kubeconfig(name), "--proxy-mode=nftables", "--hostname-override=" + NodeName,
+			"--bind-address=" + p.addr, "--conntrack-max-per-core=0",
+			fmt.Sprintf("--metrics-bind-address=127.0.0.1:%d", ports[0]), fmt.Sprintf("--healthz-bind-address=127.0.0.1:%d", ports[1]),
 		}, nil
 	}
 	return nil, fmt.Errorf("no program %q in a control plane", name)

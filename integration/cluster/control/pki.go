@@ -116,7 +116,10 @@ func (a *authority) issue(name, user string, groups []string, lifetime time.Dura
 // credentials of the programs, and their kubeconfigs.
 func (p *Plane) credentials() error {
 	const day = 24 * time.Hour
-	local := []net.IP{net.IPv4(127, 0, 0, 1), net.IPv4(10, 96, 0, 1)}
+	local := []net.IP{net.IPv4(127, 0, 0, 1), net.ParseIP(ServiceIP)}
+	if p.addr != "" {
+		local = append(local, net.ParseIP(p.addr))
+	}
 	if err := p.ca.issue("apiserver", "kube-apiserver", nil, day, local...); err != nil {
 		return err
 	}
@@ -130,6 +133,7 @@ func (p *Plane) credentials() error {
 		"admin":                   {"kubernetes-admin", []string{"system:masters"}},
 		"kube-controller-manager": {"system:kube-controller-manager", nil},
 		"kube-scheduler":          {"system:kube-scheduler", nil},
+		"kube-proxy":              {"system:kube-proxy", nil},
 	} {
 		if _, err := p.User(name, who.user, who.groups, day); err != nil {
 			return err

@@ -31,7 +31,7 @@ func run(args []string) error {
 		return pgrep(args[1:])
 	case "ipcs":
 		return ipcs()
-	case "nonewprivs":
+	case "nonewprivs", "nnp":
 		// Set-uid root: run by somebody else, it tells whether that counted.
 		fmt.Printf("Effective uid: %d\n", os.Geteuid())
 		return nil
