@@ -22,6 +22,7 @@ import (
 	"github.com/podd-runtime/podd/cri"
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/kubelet/credentials"
 	"github.com/podd-runtime/podd/kubelet/events"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/metrics"
@@ -62,6 +63,8 @@ type Config struct {
 	// Shutdown of the machine; no steps: it is not held up for pods.
 	Shutdown []shutdown.Step
 	API      APIConfig
+	// Credentials for images by plugins; its accounts are filled in; nil: none.
+	Credentials *credentials.Config
 	// Cluster this machine is a node of; nil: of none.
 	Cluster *Cluster
 }
@@ -239,6 +242,11 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		}
 		a.undo = append(a.undo, unlock)
 	}
+	objects := &objects{}
+	plugins, err := openCredentials(cfg, objects)
+	if err != nil {
+		return nil, err
+	}
 	logs := cfg.Pods.Node.PodLogsDir
 	for _, dir := range []string{logs, filepath.Join(filepath.Dir(logs), "containers"), filepath.Join(cfg.Pods.Node.RootDir, "pods")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -256,7 +264,6 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		return nil, err
 	}
 	a.onClose("network", a.network.Close)
-	objects := &objects{}
 	cfg.Volumes.Objects, cfg.Volumes.Claims = objects, objects
 	if cfg.Cluster != nil {
 		cfg.Volumes.Tokens = objects
@@ -287,6 +294,9 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 			return nil, err
 		}
 	}
+	if plugins != nil {
+		deps.Credentials = plugins
+	}
 	a.table = pods.New(cfg.Pods, deps)
 	cfg.Manifests.Recorder = a.events
 	var sink manifests.Sink = a.table
@@ -296,6 +306,18 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	a.source = manifests.New(cfg.Manifests, sink)
 	objects.Source = a.source
 	return a, nil
+}
+
+// openCredentials reads the configuration of the plugins; nil when there are none.
+func openCredentials(cfg Config, accounts credentials.Accounts) (*credentials.Providers, error) {
+	c := cfg.Credentials
+	if c == nil {
+		return nil, nil
+	}
+	if cfg.Cluster != nil {
+		c.Accounts = accounts
+	}
+	return credentials.Open(*c)
 }
 
 // pod finds a pod for what is made before the table.

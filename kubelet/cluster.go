@@ -160,6 +160,11 @@ func (o *objects) Token(ctx context.Context, pod *v1.Pod, audience string, valid
 	return o.client.Token(ctx, pod, audience, valid)
 }
 
+// ServiceAccount of the cluster; see credentials.Accounts.
+func (o *objects) ServiceAccount(ctx context.Context, namespace, name string) (*v1.ServiceAccount, error) {
+	return o.client.ServiceAccount(ctx, namespace, name)
+}
+
 // PersistentVolume of a claim; see volumes.Claims.
 func (o *objects) PersistentVolume(ctx context.Context, namespace, claim string) (*v1.PersistentVolumeClaim, *v1.PersistentVolume, error) {
 	if o.cluster == nil {

@@ -31,6 +31,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/apiserver"
 	"github.com/podd-runtime/podd/kubelet/certs"
 	"github.com/podd-runtime/podd/kubelet/config"
+	"github.com/podd-runtime/podd/kubelet/credentials"
 	"github.com/podd-runtime/podd/kubelet/events"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/node"
@@ -214,6 +215,9 @@ func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string)
 			AllowedUnsafeSysctls: k.AllowedUnsafeSysctls, UserIDsPerPod: cfg.UserIDsPerPod(), Backoff: backoff, ParallelPulls: cfg.ParallelPulls(), CallTimeout: k.RuntimeRequestTimeout.Duration, Build: version,
 			Log: part("pods"),
 		},
+	}
+	if p.ImageCredentialProviderConfig != "" {
+		out.Credentials = &credentials.Config{File: p.ImageCredentialProviderConfig, BinDir: p.ImageCredentialProviderBinDir, Log: part("credentials")}
 	}
 	if p.Kubeconfig != "" || p.BootstrapKubeconfig != "" {
 		inCluster(cfg, &out, hostIPs)

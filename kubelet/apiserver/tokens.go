@@ -31,6 +31,15 @@ func (c *Client) Token(ctx context.Context, pod *v1.Pod, audience string, valid 
 	return req.Status.Token, req.Status.ExpirationTimestamp.Time, nil
 }
 
+// ServiceAccount of the cluster.
+func (c *Client) ServiceAccount(ctx context.Context, namespace, name string) (*v1.ServiceAccount, error) {
+	account := &v1.ServiceAccount{}
+	if err := c.Get(ctx, Ref{Resource: "serviceaccounts", Namespace: namespace, Name: name}, account); err != nil {
+		return nil, fmt.Errorf("service account %s/%s: %w", namespace, name, kindOf(err))
+	}
+	return account, nil
+}
+
 // PersistentVolume returns a claim and the volume that it is bound to;
 // errdefs.ErrNotFound for an unknown claim, errdefs.ErrUnavailable for one that
 // is not bound yet.

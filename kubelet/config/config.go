@@ -404,6 +404,7 @@ func (c *Config) paths(l *loader) error {
 		"dataDir": &p.DataDir, "runDir": &p.RunDir, "rootDir": &p.RootDir, "criSocket": &p.CRISocket,
 		"kubeconfig": &p.Kubeconfig, "bootstrapKubeconfig": &p.BootstrapKubeconfig, "certDir": &p.CertDir,
 		"registryConfigPath": &p.RegistryConfigPath, "cniConfDir": &p.CNIConfDir, "credentialsFile": &p.CredentialsFile,
+		"imageCredentialProviderConfig": &p.ImageCredentialProviderConfig, "imageCredentialProviderBinDir": &p.ImageCredentialProviderBinDir,
 	} {
 		abs(path, "podd."+field)
 	}

@@ -62,6 +62,13 @@ type PoddConfiguration struct {
 	// read at each pull. Default: none. Flag --registry-credentials.
 	CredentialsFile string `json:"credentialsFile,omitempty"`
 
+	// ImageCredentialProviderConfig is a file, or a directory of files, that
+	// names plugins with credentials for images, and ImageCredentialProviderBinDir
+	// has them. Default: none. Flags --image-credential-provider-config and
+	// --image-credential-provider-bin-dir, as upstream's.
+	ImageCredentialProviderConfig string `json:"imageCredentialProviderConfig,omitempty"`
+	ImageCredentialProviderBinDir string `json:"imageCredentialProviderBinDir,omitempty"`
+
 	// CNIConfDir holds CNI configurations; while it has none, pods get podd's
 	// built-in network. Default /etc/cni/net.d. Flag --cni-conf-dir.
 	CNIConfDir string `json:"cniConfDir,omitempty"`

@@ -152,7 +152,7 @@ func (w *worker) inspectImage(ctx context.Context, name string) (*runtimeapi.Ima
 // pull with each of the pod's credentials for the registry, or with none.
 func (w *worker) pull(ctx context.Context, pod *v1.Pod, name string) (string, error) {
 	req := &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: name}}
-	auths, err := w.credentials(pod, name)
+	auths, err := w.credentials(ctx, pod, name)
 	if err != nil {
 		return "", err
 	}
@@ -175,15 +175,20 @@ func (w *worker) pull(ctx context.Context, pod *v1.Pod, name string) (string, er
 	return "", errors.Join(errs...)
 }
 
-// credentials of the pod's imagePullSecrets that fit the image's registry. A
-// secret that is not there is reported and passed over, as upstream does.
-func (w *worker) credentials(pod *v1.Pod, name string) ([]*runtimeapi.AuthConfig, error) {
-	if len(pod.Spec.ImagePullSecrets) == 0 {
+// credentials that fit the image's registry: of the pod's imagePullSecrets, then
+// of plugins. A secret that is not there is reported and passed over, as
+// upstream does.
+func (w *worker) credentials(ctx context.Context, pod *v1.Pod, name string) ([]*runtimeapi.AuthConfig, error) {
+	plugins := &credentialprovider.BasicDockerKeyring{}
+	if len(pod.Spec.ImagePullSecrets) == 0 && w.t.deps.Credentials == nil {
 		return nil, nil
 	}
 	repo, _, _, err := parsers.ParseImageName(name)
 	if err != nil {
 		return nil, err
+	}
+	if w.t.deps.Credentials != nil {
+		plugins.Add(nil, w.t.deps.Credentials.Config(ctx, pod, repo))
 	}
 	var found []v1.Secret
 	for _, r := range pod.Spec.ImagePullSecrets {
@@ -195,7 +200,7 @@ func (w *worker) credentials(pod *v1.Pod, name string) ([]*runtimeapi.AuthConfig
 		}
 		found = append(found, *s)
 	}
-	ring, err := secrets.MakeDockerKeyring(found, &credentialprovider.BasicDockerKeyring{})
+	ring, err := secrets.MakeDockerKeyring(found, plugins)
 	if err != nil {
 		return nil, fmt.Errorf("read the image pull secrets of pod %s: %w", spec.Desc(pod), err)
 	}

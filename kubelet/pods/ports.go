@@ -21,6 +21,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/kubernetes/pkg/credentialprovider"
 
 	"github.com/podd-runtime/podd/cgroups"
 	"github.com/podd-runtime/podd/kubelet/admission"
@@ -79,6 +80,8 @@ type Deps struct {
 	Objects spec.Objects
 	Cgroups cgroups.Pods
 	Events  Recorder
+	// Credentials for images by plugins; nil: there are none.
+	Credentials Credentials
 	// Admit decides whether the node takes a pod beside the others that are
 	// not over; nil: it takes all.
 	Admit func(ctx context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict
@@ -88,6 +91,12 @@ type Deps struct {
 	// RuntimeClass gives the runtime handler of a RuntimeClass; nil: the node
 	// knows none.
 	RuntimeClass func(name string) (handler string, err error)
+}
+
+// Credentials for images, *credentials.Providers.
+type Credentials interface {
+	// Config for an image of a pod, by registry; empty when there is none.
+	Config(ctx context.Context, pod *v1.Pod, image string) credentialprovider.DockerConfig
 }
 
 // Observer counts. Its methods must not block.
