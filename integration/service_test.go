@@ -125,3 +125,49 @@ func TestServiceManagerIsTold(t *testing.T) {
 	}
 	said(at, "WATCHDOG=1")
 }
+
+// TestPoddWaitsForASlowShim: a podd-shim that takes its time, as on a machine
+// under load, is waited for, and everybody is told; a wait can be ended.
+func TestPoddWaitsForASlowShim(t *testing.T) {
+	m := newManager(t)
+	n := start(t)
+	n.Write("web.yaml", pod("web", "", "serve", ":8080"))
+	n.WaitRunning("web")
+	before := n.Processes("serve :8080")
+	shim := n.ShimPID()
+	if err := syscall.Kill(shim, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Kill(shim, syscall.SIGCONT)
+	n.Signal(syscall.SIGKILL)
+	waits := func(from int) {
+		t.Helper()
+		node.Await(t, "podd waits", 60*second, func() bool {
+			return m.count(from, "STATUS=waiting for podd-shim") > 0 && m.count(from, "EXTEND_TIMEOUT_USEC=60000000") > 0
+		})
+	}
+	at := m.length()
+	n.Launch()
+	waits(at)
+	if status := n.Signal(syscall.SIGTERM); status != 0 {
+		t.Errorf("podd that waits ends on SIGTERM with %d", status)
+	}
+	at = m.length()
+	n.Launch()
+	waits(at)
+	if m.count(at, "READY=1") > 0 {
+		t.Error("podd is ready without podd-shim")
+	}
+	if err := syscall.Kill(shim, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	n.WaitAnswers()
+	node.Await(t, "READY=1 is notified", 60*second, func() bool { return m.count(at, "READY=1") > 0 })
+	n.WaitRunning("web")
+	if after := n.Processes("serve :8080"); len(before) == 0 || fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("containers' processes were %v, are %v", before, after)
+	}
+	if log, err := os.ReadFile(filepath.Join(n.Dir, "podd.log")); err != nil || !strings.Contains(string(log), "podd-shim does not answer yet") {
+		t.Errorf("the log does not tell (%v)", err)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	v1 "k8s.io/api/core/v1"
@@ -102,7 +103,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	a, err := open(ctx, cfg)
 	if err != nil {
-		return err
+		return askedFor(ctx, err)
 	}
 	defer a.close()
 	outer := ctx
@@ -166,11 +167,15 @@ func Run(ctx context.Context, cfg Config) error {
 			systemd.Stopping(a.log)
 		}
 	})
-	err = group.Wait()
-	if context.Cause(outer) == ErrReload {
+	return askedFor(outer, group.Wait())
+}
+
+// askedFor is what Run returns: the end of its context is no error.
+func askedFor(ctx context.Context, err error) error {
+	switch {
+	case context.Cause(ctx) == ErrReload:
 		return ErrReload
-	}
-	if errors.Is(err, context.Canceled) {
+	case errors.Is(err, context.Canceled):
 		return nil
 	}
 	return err
@@ -215,7 +220,15 @@ func Drain(ctx context.Context, cfg Config) error {
 	defer stop()
 	group, running := errgroup.WithContext(running)
 	group.Go(func() error { return a.table.Run(running) })
-	// No source holds a pod: all that runs is an orphan, and goes.
+	select {
+	case <-a.table.Recovered():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := a.table.StopAll(ctx, nil); err != nil { // in order, which the next does not keep
+		return err
+	}
+	// No source holds a pod: all there is is an orphan, and goes.
 	a.table.Synced(manifests.SourceName)
 	if err := a.waitEmpty(ctx); err != nil {
 		return err
@@ -372,12 +385,24 @@ func (a *agent) openShim(ctx context.Context) (*shim.Client, error) {
 	return client, nil
 }
 
-// ensureShim finds the shim that runs or has one started.
+// ensureShim finds the shim that runs or has one started. It waits for one that
+// takes its time, since to end would only begin the wait anew.
 func (a *agent) ensureShim(ctx context.Context) (*shim.Client, error) {
 	if a.cfg.ShimUnit == "" {
-		return shim.Ensure(ctx, a.cfg.RunDir, a.cfg.ShimProgram)
+		return shim.Ensure(ctx, a.cfg.RunDir, a.cfg.ShimProgram, a.shimSlow)
 	}
-	return shim.EnsureBy(ctx, a.cfg.RunDir, func(ctx context.Context) error { return systemd.Start(ctx, a.cfg.ShimUnit) })
+	return shim.EnsureBy(ctx, a.cfg.RunDir, a.shimSlow, func(ctx context.Context) error { return systemd.Start(ctx, a.cfg.ShimUnit) })
+}
+
+// shimExtension is the time that the service manager is asked for, on top of its
+// limit for a start, each time podd-shim is found not to answer yet.
+const shimExtension = time.Minute
+
+func (a *agent) shimSlow(waited time.Duration) {
+	waited = waited.Round(time.Second)
+	a.log.Warn("podd-shim does not answer yet, waiting on", "waited", waited)
+	systemd.Status(a.log, fmt.Sprintf("waiting for podd-shim, which has not answered for %v", waited))
+	systemd.Extend(a.log, shimExtension)
 }
 
 // refreshVolumes carries changes of ConfigMaps and Secrets into the volumes

@@ -34,6 +34,12 @@ func Stopping(log *slog.Logger) { notify(log, daemon.SdNotifyStopping) }
 // Status sets the line that `systemctl status` shows.
 func Status(log *slog.Logger, text string) { notify(log, "STATUS="+text) }
 
+// Extend asks for so much more time from now on before a start, reload or stop
+// that is under way counts as failed (TimeoutStartSec=, TimeoutStopSec=).
+func Extend(log *slog.Logger, more time.Duration) {
+	notify(log, fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", more.Microseconds()))
+}
+
 // WatchdogTime is how long the service manager goes without Alive before it
 // ends this process (WatchdogSec=); 0: it does not look.
 func WatchdogTime() (time.Duration, error) { return daemon.SdWatchdogEnabled(false) }

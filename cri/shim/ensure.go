@@ -16,15 +16,21 @@ import (
 	"github.com/podd-runtime/podd/cri/shim/internal/wire"
 )
 
-// startTimeout bounds the start of a shim: it answers after some 20 ms, or
-// after it has taken up the containers of a dead one.
-const startTimeout = 20 * time.Second
+// patience is how often who waits for a shim is told that it still does. A shim
+// answers after some 20 ms, or after it has taken up the containers of a dead
+// one: hundreds of them on a busy machine take minutes.
+const patience = 5 * time.Second
+
+// Slow is told by Ensure and EnsureBy, every five seconds, for how long they
+// have been waiting for a shim to answer. nil: nobody is told.
+type Slow func(waited time.Duration)
 
 // Ensure returns a client of the running shim of runDir, and starts binary
 // detached (its own session, not ended with the caller) when there is none.
-// Any number of callers start one.
-func Ensure(ctx context.Context, runDir, binary string) (*Client, error) {
-	return ensure(ctx, runDir, func(_ context.Context, runDir string) (<-chan error, error) {
+// Any number of callers start one. It waits as long as a shim is there that may
+// yet answer, or until ctx ends; errdefs.ErrUnavailable: it ended instead.
+func Ensure(ctx context.Context, runDir, binary string, slow Slow) (*Client, error) {
+	return ensure(ctx, runDir, slow, func(_ context.Context, runDir string) (<-chan error, error) {
 		ended, err := spawn(runDir, binary)
 		if err != nil {
 			err = fmt.Errorf("start podd-shim %s: %w", binary, err)
@@ -35,23 +41,22 @@ func Ensure(ctx context.Context, runDir, binary string) (*Client, error) {
 
 // EnsureBy is Ensure where somebody else starts the shim: start asks for that
 // and is called at most once, when none answers.
-func EnsureBy(ctx context.Context, runDir string, start func(context.Context) error) (*Client, error) {
-	return ensure(ctx, runDir, func(ctx context.Context, _ string) (<-chan error, error) {
+func EnsureBy(ctx context.Context, runDir string, slow Slow, start func(context.Context) error) (*Client, error) {
+	return ensure(ctx, runDir, slow, func(ctx context.Context, _ string) (<-chan error, error) {
 		return nil, start(ctx)
 	})
 }
 
-func ensure(ctx context.Context, runDir string, start func(context.Context, string) (<-chan error, error)) (*Client, error) {
+func ensure(ctx context.Context, runDir string, slow Slow, start func(context.Context, string) (<-chan error, error)) (*Client, error) {
 	runDir, err := filepath.Abs(runDir)
 	if err != nil {
 		return nil, err
 	}
+	defer slow.tell(patience)()
 	c := New(runDir)
 	if c.answers(ctx) {
 		return c, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
 	if err := os.MkdirAll(Dir(runDir), 0o700); err != nil {
 		return nil, fmt.Errorf("start podd-shim: %w", err)
 	}
@@ -86,6 +91,32 @@ func ensure(ctx context.Context, runDir string, start func(context.Context, stri
 			return nil, fmt.Errorf("podd-shim does not answer (see %s): %w", startLog(runDir), ctx.Err())
 		case <-time.After(pause):
 		}
+	}
+}
+
+// tell tells it until the function returned is called, and never after that.
+func (s Slow) tell(every time.Duration) (enough func()) {
+	if s == nil {
+		return func() {}
+	}
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		begin := time.Now()
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				s(time.Since(begin))
+			case <-stop:
+				return
+			}
+		}
+	}()
+	return func() {
+		close(stop)
+		<-stopped
 	}
 }
 

@@ -209,6 +209,13 @@ func (n *Node) Args() []string {
 // Start starts the daemon and waits until it answers.
 func (n *Node) Start() {
 	n.t.Helper()
+	n.Launch()
+	n.WaitAnswers()
+}
+
+// Launch starts the daemon.
+func (n *Node) Launch() {
+	n.t.Helper()
 	o := order{Args: append([]string{filepath.Join(n.Bin, "podd"), "run"}, n.Args()...), Log: n.at("podd.log"), Env: os.Environ()}
 	b, err := json.Marshal(o)
 	if err != nil {
@@ -224,6 +231,11 @@ func (n *Node) Start() {
 	n.mu.Lock()
 	n.pid, n.running = r.PID, true
 	n.mu.Unlock()
+}
+
+// WaitAnswers waits until a daemon that was launched answers.
+func (n *Node) WaitAnswers() {
+	n.t.Helper()
 	deadline := time.Now().Add(Scale(30 * time.Second))
 	for {
 		conn, err := api.Dial(context.Background(), filepath.Join(n.RunDir(), api.SocketName))

@@ -48,7 +48,7 @@ func (n *node) kill() {
 func (n *node) restart() {
 	n.t.Helper()
 	binary, _ := shimBinary()
-	if _, err := shim.Ensure(n.ctx(), n.dir, binary); err != nil {
+	if _, err := shim.Ensure(n.ctx(), n.dir, binary, nil); err != nil {
 		start, _ := os.ReadFile(filepath.Join(n.dir, "shim/start.log"))
 		n.t.Fatalf("%v\n%s", err, start)
 	}
@@ -368,7 +368,7 @@ func TestKillDuringStarts(t *testing.T) {
 		}
 		time.Sleep(time.Duration(round*3) * time.Millisecond)
 		n.kill()
-		if _, err := shim.Ensure(ctx, n.dir, binary); err != nil {
+		if _, err := shim.Ensure(ctx, n.dir, binary, nil); err != nil {
 			t.Fatal(err)
 		}
 		for range 4 {
@@ -407,7 +407,7 @@ func TestManyStartersOneShim(t *testing.T) {
 	pids := make(chan int, 8)
 	for range 8 {
 		go func() {
-			c, err := shim.Ensure(n.ctx(), n.dir, binary)
+			c, err := shim.Ensure(n.ctx(), n.dir, binary, nil)
 			if err != nil {
 				t.Error(err)
 				pids <- 0

@@ -1,11 +1,19 @@
 package server
 
-import "github.com/coreos/go-systemd/v22/daemon"
+import (
+	"fmt"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+)
 
 // Run takes up what is there and serves; it returns after Shutdown.
 func (s *Server) Run(h *handover) error {
 	go s.loop.run(s.log)
-	if err := s.recover(h.stored()); err != nil {
+	enough := s.extendStart()
+	err := s.recover(h.stored())
+	enough()
+	if err != nil {
 		return err
 	}
 	go s.reaper.run()
@@ -14,8 +22,34 @@ func (s *Server) Run(h *handover) error {
 	}
 	s.resumeExecs(h)
 	// Type=notify: whoever waits for podd-shim.service finds it answering.
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		s.log.Warn("service manager not told", "error", err)
-	}
+	s.notify(daemon.SdNotifyReady)
 	return s.Serve()
+}
+
+// extension is asked of the service manager while containers are taken up: to
+// be ended for being slow would only begin it anew.
+const extension = time.Minute
+
+// extendStart asks for more time until the function returned is called.
+func (s *Server) extendStart() (enough func()) {
+	stop := make(chan struct{})
+	go func() {
+		tick := time.NewTicker(extension / 3)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				s.notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", extension.Microseconds()))
+			case <-stop:
+				return
+			}
+		}
+	}()
+	return func() { close(stop) }
+}
+
+func (s *Server) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.log.Warn("service manager not told", "state", state, "error", err)
+	}
 }

@@ -123,7 +123,7 @@ func newNode(t testing.TB) *node {
 		}
 	}
 	ctx := n.ctx()
-	n.Client, err = shim.Ensure(ctx, dir, binary)
+	n.Client, err = shim.Ensure(ctx, dir, binary, nil)
 	if err != nil {
 		start, _ := os.ReadFile(filepath.Join(dir, "shim/start.log"))
 		t.Fatalf("%v\n%s", err, start)
@@ -147,7 +147,7 @@ func (n *node) cleanup() {
 	defer cancel()
 	// A test that failed may have left no shim.
 	if binary, err := shimBinary(); err == nil {
-		if _, err := shim.Ensure(ctx, n.dir, binary); err != nil {
+		if _, err := shim.Ensure(ctx, n.dir, binary, nil); err != nil {
 			n.t.Error(err)
 		}
 	}
@@ -407,7 +407,7 @@ func TestSignalDispositions(t *testing.T) {
 	adopt(p.PID)
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		binary, _ := shimBinary()
-		c, err := shim.Ensure(n.ctx(), n.dir, binary)
+		c, err := shim.Ensure(n.ctx(), n.dir, binary, nil)
 		if err == nil {
 			if after, err := c.Info(n.ctx()); err == nil && after.PID != info.PID {
 				break
