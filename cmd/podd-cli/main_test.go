@@ -23,6 +23,7 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 
+	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/server"
 	"github.com/podd-runtime/podd/kubelet/server/api"
@@ -325,6 +326,14 @@ func TestImageCommands(t *testing.T) {
 	}
 	if got := d.ok(t, "pull", "example/a:1"); !strings.Contains(got, "example/a:1 downloading\n") || !strings.Contains(got, "sha256:") {
 		t.Errorf("pull: %q", got)
+	}
+	if got := d.ok(t, "images", "--verify"); got != "all images are as they were stored\n" {
+		t.Errorf("verify: %q", got)
+	}
+	d.images.Broken = []images.Problem{{ID: "sha256:" + strings.Repeat("a", 64), Names: []string{"example/a:1"}, Err: errors.New("blob b is not what it was")}}
+	var damaged buffer
+	if err := d.run(t.Context(), nil, &damaged, &damaged, "images", "--verify"); err == nil || !strings.Contains(err.Error(), "1 images are damaged") || !strings.Contains(damaged.String(), "example/a:1: blob b is not what it was\n") {
+		t.Errorf("verify of a damaged store: %v\n%s", err, damaged.String())
 	}
 	if got := columns(d.ok(t, "images")); got != "IMAGE TAG IMAGE ID SIZE\nexample/a 1 0000000000000 10B\nlocalhost:5000/loaded 2 0000000000000 10B" {
 		t.Errorf("images:\n%s", got)

@@ -212,13 +212,20 @@ func shortBuild(id string) string {
 
 func newImages(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 	var format string
-	var quiet, digests, noTrunc bool
+	var quiet, digests, noTrunc, verify bool
 	cmd := &cobra.Command{
 		Use:     "images",
 		Aliases: []string{"image", "img"},
-		Short:   "List images",
-		Args:    cobra.NoArgs,
+		Short:   "List images, or verify them",
+		Example: `  podd images --digests
+
+  # Read everything that is stored, as after a disk has been mended
+  podd images --verify`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if verify {
+				return verifyImages(cmd.Context(), c, streams.Out)
+			}
 			var list api.Images
 			if err := c.do(cmd.Context(), "GET", "/images", nil, nil, &list); err != nil {
 				return err
@@ -233,7 +240,29 @@ func newImages(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "Print ids only")
 	cmd.Flags().BoolVar(&digests, "digests", false, "Print digests, too")
 	cmd.Flags().BoolVar(&noTrunc, "no-trunc", false, "Print whole ids")
+	cmd.Flags().BoolVar(&verify, "verify", false, "Compare all blobs with their digests and all layers with what was unpacked; fail if something is not as it was stored")
 	return cmd
+}
+
+func verifyImages(ctx context.Context, c *client, out io.Writer) error {
+	var found api.ImageProblems
+	if err := c.do(ctx, "POST", "/images/verify", nil, nil, &found); err != nil {
+		return err
+	}
+	damaged := map[string]bool{}
+	for _, p := range found.Items {
+		damaged[p.ID] = true
+		name := shortID(p.ID)
+		if len(p.Names) > 0 {
+			name = p.Names[0]
+		}
+		fmt.Fprintf(out, "%s: %s\n", name, p.Message)
+	}
+	if len(damaged) > 0 {
+		return fmt.Errorf("%d images are damaged; remove (podd rmi --force) and pull them again", len(damaged))
+	}
+	fmt.Fprintln(out, "all images are as they were stored")
+	return nil
 }
 
 func printImages(out io.Writer, list []api.Image, quiet, digests, noTrunc bool) error {

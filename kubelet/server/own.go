@@ -38,6 +38,7 @@ func (s *Server) ownRoutes(m *http.ServeMux) {
 	m.HandleFunc("POST "+api.Prefix+"/images", long(s.pull))
 	m.HandleFunc("PUT "+api.Prefix+"/images", long(s.load))
 	m.HandleFunc("DELETE "+api.Prefix+"/images", short(s.removeImage))
+	m.HandleFunc("POST "+api.Prefix+"/images/verify", long(s.verifyImages))
 
 	const pod = api.Prefix + "/namespaces/{namespace}/pods/{name}"
 	m.HandleFunc("POST "+pod+"/stop", long(func(w http.ResponseWriter, r *http.Request) error {
@@ -260,6 +261,20 @@ func distinct(list []*images.Image) []*images.Image {
 		}
 	}
 	return out
+}
+
+// verifyImages answers when every image has been read.
+func (s *Server) verifyImages(w http.ResponseWriter, r *http.Request) error {
+	found, err := s.cfg.Images.Verify(r.Context())
+	if err != nil {
+		return fmt.Errorf("verify images: %w", err)
+	}
+	out := api.ImageProblems{Items: make([]api.ImageProblem, 0, len(found))}
+	for _, p := range found {
+		out.Items = append(out.Items, api.ImageProblem{ID: p.ID, Names: p.Names, Message: p.Err.Error()})
+	}
+	writeJSON(w, http.StatusOK, &out)
+	return nil
 }
 
 func (s *Server) removeImage(w http.ResponseWriter, r *http.Request) error {

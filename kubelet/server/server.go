@@ -80,6 +80,8 @@ type Images interface {
 	Remove(ctx context.Context, ref string) error
 	// Load imports an OCI layout or docker-archive tar, compressed or not.
 	Load(ctx context.Context, tar io.Reader, o images.LoadOptions) ([]*images.Image, error)
+	// Verify reads all content and tells what is not as it was stored.
+	Verify(ctx context.Context) ([]images.Problem, error)
 	// Pulls tells the pulls that are under way.
 	Pulling() []images.Progress
 }

@@ -69,6 +69,18 @@ type Images struct {
 	Items []Image `json:"items"`
 }
 
+// ImageProblem is something that is not as it was stored.
+type ImageProblem struct {
+	ID      string   `json:"id"` // of the image
+	Names   []string `json:"names,omitempty"`
+	Message string   `json:"message"`
+}
+
+// ImageProblems answers POST /podd/v1/images/verify.
+type ImageProblems struct {
+	Items []ImageProblem `json:"items"`
+}
+
 // Pull is the body of POST /podd/v1/images.
 type Pull struct {
 	Ref string `json:"ref"`
