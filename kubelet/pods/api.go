@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
 	"strconv"
@@ -169,10 +170,23 @@ func (t *Table) Stop(ctx context.Context, namespace, name string, grace *int64) 
 	return w.await(ctx, func(l *life) { w.halt(l, grace, true) })
 }
 
-// StopAll ends all pods and waits until they are down or ctx ends. They stay
-// down until the daemon starts the next time.
+// StopAll ends all pods, critical ones after all others, as at a shutdown of
+// the machine, and waits until they are down or ctx ends. They stay down until
+// the daemon starts the next time.
 func (t *Table) StopAll(ctx context.Context, grace *int64) error {
-	workers := t.all()
+	var others, critical []*worker
+	for _, w := range t.all() {
+		if w.critical() {
+			critical = append(critical, w)
+		} else {
+			others = append(others, w)
+		}
+	}
+	return errors.Join(stopEach(ctx, others, grace), stopEach(ctx, critical, grace))
+}
+
+// stopEach ends the pods at once and returns the first error.
+func stopEach(ctx context.Context, workers []*worker, grace *int64) error {
 	errs := make(chan error, len(workers))
 	for _, w := range workers {
 		go func() { errs <- w.await(ctx, func(l *life) { w.halt(l, grace, false) }) }()

@@ -33,6 +33,12 @@ func Priority(pod *v1.Pod) int32 {
 // critical pods start before others where they compete.
 func critical(pod *v1.Pod) bool { return Priority(pod) >= systemCritical }
 
+// critical says whether a pod under the name is, as far as it is known.
+func (w *worker) critical() bool {
+	pod := w.published.Load()
+	return pod != nil && critical(pod)
+}
+
 // Hold keeps pods from being begun, and those that were stopped by Terminate
 // from beginning again, until it is told false: then all that should run runs.
 func (t *Table) Hold(on bool) {

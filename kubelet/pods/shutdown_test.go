@@ -5,6 +5,7 @@ import (
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podd-runtime/podd/kubelet/status"
 )
@@ -60,4 +61,32 @@ func disrupted(st *v1.PodStatus) bool {
 		}
 	}
 	return false
+}
+
+// TestStopAllKeepsOrder: critical pods end when all others have.
+func TestStopAllKeepsOrder(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		dns := mkpod("dns", "u1")
+		dns.Spec.PriorityClassName = "system-node-critical"
+		n.set(dns)
+		n.table.SetPod("file", mkpod("web", "u2"))
+		after(time.Second)
+		n.rt.onTerm = func(c *runtimeapi.ContainerConfig) time.Duration { return time.Second }
+		stopped := make(chan error, 1)
+		go func() { stopped <- n.table.StopAll(t.Context(), nil) }()
+		after(500 * time.Millisecond)
+		if len(n.rt.live("default/web")) != 1 || len(n.rt.stops) != 1 {
+			t.Fatalf("stopped first: %v", n.rt.stops)
+		}
+		after(time.Second)
+		if len(n.rt.live("default/web")) != 0 || len(n.rt.live("default/dns")) != 1 || len(n.rt.stops) != 2 {
+			t.Fatalf("stopped: %v", n.rt.stops)
+		}
+		if err := <-stopped; err != nil {
+			t.Fatal(err)
+		}
+		if len(n.rt.live("default/dns")) != 0 {
+			t.Fatal("still running")
+		}
+	})
 }
