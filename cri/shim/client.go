@@ -88,7 +88,7 @@ func lost(err error) bool {
 
 // open sends the request and returns its first answer with the connection.
 func (c *Client) open(ctx context.Context, kind wire.Kind, body []byte, fds []*os.File, repeat bool) (*wire.Conn, *wire.Frame, error) {
-	deadline := time.Now().Add(retryFor)
+	var deadline time.Time // from the first failure: a call may have lasted until then
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
 		conn, err := c.connect(ctx)
 		if err != nil {
@@ -101,6 +101,9 @@ func (c *Client) open(ctx context.Context, kind wire.Kind, body []byte, fds []*o
 		conn.Close()
 		if ctx.Err() != nil {
 			return nil, nil, ctx.Err()
+		}
+		if deadline.IsZero() {
+			deadline = time.Now().Add(retryFor)
 		}
 		if lost(err) && !repeat {
 			return nil, nil, fmt.Errorf("podd-shim went away during the call: %w", errdefs.ErrUnavailable)
