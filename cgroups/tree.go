@@ -491,6 +491,22 @@ func (t *Tree) ownerOf(dir string) string {
 	return string(b[:n])
 }
 
+// nameAttr is the name of a group's pod, where tools show extended attributes
+// (systemd-cgls --xattr). The kernel keeps a user's on cgroup v2 only.
+const nameAttr = "user.pod"
+
+// Name writes the pod's namespace and name onto its group. A host that cannot
+// keep it does without: nothing reads it but people.
+func (t *Tree) Name(uid types.UID, qos v1.PodQOSClass, name string) {
+	if !t.layout.unified {
+		return
+	}
+	group := t.Path(uid, qos)
+	if err := unix.Setxattr(t.layout.hierarchies[0].dir+group, nameAttr, []byte(name), 0); err != nil {
+		t.log.Debug("cgroup is not named", "group", group, "error", err)
+	}
+}
+
 // SetNodeAllocatable limits all pods together (kubepods), see NodeAllocatable.
 func (t *Tree) SetNodeAllocatable(r *specs.LinuxResources) error {
 	return t.set(t.names.level(v1.PodQOSGuaranteed), r, true)

@@ -19,6 +19,9 @@ type Pods interface {
 	Parent(uid types.UID, qos v1.PodQOSClass) string
 	// Ensure creates the pod's group, or updates its limits.
 	Ensure(ctx context.Context, uid types.UID, qos v1.PodQOSClass, r *specs.LinuxResources) error
+	// Name writes a name for people to read onto the pod's group, as far as the
+	// kernel can keep one.
+	Name(uid types.UID, qos v1.PodQOSClass, name string)
 	// Remove kills what is left in the pod's group and removes it with all
 	// below it. It succeeds when the group is gone.
 	Remove(ctx context.Context, uid types.UID) error

@@ -7,7 +7,11 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+	v1 "k8s.io/api/core/v1"
+
 	"github.com/podd-runtime/podd/integration/node"
+	kubeletstatus "github.com/podd-runtime/podd/kubelet/status"
 )
 
 // unified says whether this machine has cgroup v2 alone, as users' have.
@@ -16,59 +20,192 @@ func unified() bool {
 	return err == nil
 }
 
-// cgroupOf is the directory of the cgroup of the node's process whose command
-// line holds text.
-func cgroupOf(t *testing.T, n *node.Node, text string) string {
+// group is a cgroup of a pod of this node, by its files.
+func group(t *testing.T, n *node.Node, where string, ids map[string]string, pods map[string]*v1.Pod) string {
 	t.Helper()
-	var pids map[int]bool
-	node.Await(t, text+" running", 10*second, func() bool { pids = n.Processes(text); return len(pids) == 1 })
-	for pid := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return filepath.Join("/sys/fs/cgroup", strings.TrimPrefix(strings.TrimSpace(string(b)), "0::"))
+	words := strings.Fields(where)
+	switch words[0] {
+	case "level": // of the pods of the table: one of each
+		pod := map[string]string{"burstable": "limited", "besteffort": "free"}[words[1]]
+		return filepath.Dir(group(t, n, "pod "+pod, ids, pods))
+	case "pod":
+		return filepath.Dir(group(t, n, "container "+words[1]+" main", ids, pods))
 	}
+	id := ids[words[1]+"/"+words[2]]
+	for pid := range n.Processes("/testserver") {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		if err == nil && strings.Contains(string(b), id) {
+			return filepath.Join("/sys/fs/cgroup", strings.TrimPrefix(strings.TrimSpace(string(b)), "0::"))
+		}
+	}
+	t.Fatalf("no process in the container of %s (%s)", where, id)
 	return ""
 }
 
-// TestLimitsInUnifiedCgroups compares the files of the container's, the pod's
-// and the QoS level's cgroups with what upstream's kubelet writes.
-func TestLimitsInUnifiedCgroups(t *testing.T) {
+// rows of the tables of a document whose head is the one given.
+func rows(t *testing.T, file, head string) (found [][]string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, ok := strings.Cut(string(b), head+"\n")
+	if !ok {
+		t.Fatalf("%s has no table %s", file, head)
+	}
+	for i, line := range strings.Split(table, "\n") {
+		if !strings.HasPrefix(line, "|") {
+			break
+		}
+		if i == 0 { // the line below the head
+			continue
+		}
+		var cells []string
+		for _, c := range strings.Split(strings.Trim(line, "|"), "|") {
+			cells = append(cells, strings.TrimSpace(c))
+		}
+		found = append(found, cells)
+	}
+	return found
+}
+
+// TestUnifiedCgroups compares the files of containers', pods' and QoS levels'
+// cgroups with the table of docs/cgroups.md, and their names with the kubelet's.
+func TestUnifiedCgroups(t *testing.T) {
 	if !unified() {
 		t.Skip("this machine has cgroup v1; make node-test runs it on one with v2")
 	}
-	n := start(t)
-	n.Write("limited.yaml", pod("limited", "", "serve", ":8081")+"    resources: {requests: {cpu: 100m, memory: 16Mi}, limits: {cpu: 500m, memory: 64Mi}}\n")
-	n.Write("exact.yaml", pod("exact", "", "serve", ":8082")+"    resources: {limits: {cpu: 250m, memory: 32Mi}}\n")
-	n.Write("free.yaml", pod("free", "", "serve", ":8083"))
-	n.WaitRunning("limited", "exact", "free")
-	// Weights of pods and levels come from shares by the linear formula of
-	// KEP-2254 (1+(shares-2)*9999/262142), those of containers by the curve of
-	// opencontainers/cgroups: 102 → 4 and 17, 256 → 10 and 35.
-	for _, tt := range []struct {
-		port string
-		up   int // 0 the container's cgroup, 1 the pod's, 2 the level's
-		want map[string]string
-	}{
-		{":8081", 0, map[string]string{"cpu.max": "50000 100000", "cpu.weight": "17", "memory.max": "67108864", "memory.oom.group": "1", "memory.swap.max": "0"}},
-		{":8081", 1, map[string]string{"cpu.max": "50000 100000", "cpu.weight": "4", "memory.max": "67108864", "pids.max": "max"}},
-		{":8081", 2, map[string]string{"cpu.max": "max 100000", "cpu.weight": "4", "memory.max": "max"}},
-		{":8082", 0, map[string]string{"cpu.max": "25000 100000", "cpu.weight": "35", "memory.max": "33554432", "memory.oom.group": "1", "memory.swap.max": "0"}},
-		{":8082", 1, map[string]string{"cpu.max": "25000 100000", "cpu.weight": "10", "memory.max": "33554432"}},
-		{":8083", 0, map[string]string{"cpu.max": "max 100000", "cpu.weight": "1", "memory.max": "max", "memory.oom.group": "1"}},
-		{":8083", 1, map[string]string{"cpu.max": "max 100000", "cpu.weight": "1", "memory.max": "max"}},
-		{":8083", 2, map[string]string{"cpu.max": "max 100000", "cpu.weight": "1", "memory.max": "max"}},
+	n := start(t, "--pod-max-pids", "1024")
+	container := func(name, port, resources string) string {
+		return fmt.Sprintf("  - {name: %s, image: %q, args: [serve, %q], resources: {%s}}\n", name, testserver, port, resources)
+	}
+	for name, containers := range map[string]string{
+		"limited": container("main", ":8081", "requests: {cpu: 100m, memory: 16Mi}, limits: {cpu: 500m, memory: 64Mi}"),
+		"two":     container("main", ":8081", "limits: {cpu: 200m, memory: 32Mi}") + container("second", ":8082", ""),
+		"exact":   container("main", ":8081", "limits: {cpu: 250m, memory: 32Mi}"),
+		"free":    container("main", ":8081", ""),
 	} {
-		dir := cgroupOf(t, n, "/testserver serve "+tt.port)
-		for range tt.up {
-			dir = filepath.Dir(dir)
+		n.Write(name+".yaml", fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers:\n%s", name, containers))
+	}
+	n.WaitRunning("limited", "two", "exact", "free")
+	ids, pods := map[string]string{}, map[string]*v1.Pod{}
+	for _, name := range []string{"limited", "two", "exact", "free"} {
+		p, err := n.Pod(name)
+		if err != nil {
+			t.Fatal(err)
 		}
-		for file, want := range tt.want {
-			b, err := os.ReadFile(filepath.Join(dir, file))
-			if got := strings.TrimSpace(string(b)); err != nil || got != want {
-				t.Errorf("%s of %s: %q, want %q (%v)", file, dir, got, want, err)
+		pods[name] = p
+		for _, c := range p.Status.ContainerStatuses {
+			ids[name+"/"+c.Name] = strings.TrimPrefix(c.ContainerID, kubeletstatus.Scheme+"://")
+		}
+	}
+	checked := 0
+	for _, row := range rows(t, "../docs/cgroups.md", "| group | file | value | rule |") {
+		where, file, want := row[0], row[1], row[2]
+		b, err := os.ReadFile(filepath.Join(group(t, n, where, ids, pods), file))
+		if os.IsNotExist(err) && strings.HasPrefix(file, "hugetlb.") {
+			continue // of a kernel without, or with other sizes
+		}
+		if got := strings.TrimSpace(string(b)); err != nil || got != want {
+			t.Errorf("%s: %s: %q, want %q (%v)", where, file, got, want, err)
+		}
+		checked++
+	}
+	if checked < 50 {
+		t.Errorf("%d lines checked", checked)
+	}
+	for _, name := range []string{"limited", "exact", "free"} {
+		p := pods[name]
+		level := map[v1.PodQOSClass]string{v1.PodQOSBurstable: "burstable", v1.PodQOSBestEffort: "besteffort"}[p.Status.QOSClass]
+		uid, id := string(p.UID), ids[name+"/main"]
+		want := filepath.Join(n.CgroupDir(), "kubepods", level, "pod"+uid, id)
+		if node.CgroupDriver() == "systemd" {
+			// As systemd.slice(5) has it: a slice lies in that of its name up to the last dash.
+			slice := strings.TrimSuffix(filepath.Base(n.CgroupDir()), ".slice") + "-kubepods"
+			want = filepath.Join(n.CgroupDir(), slice+".slice")
+			if level != "" {
+				slice += "-" + level
+				want = filepath.Join(want, slice+".slice")
 			}
+			want = filepath.Join(want, slice+"-pod"+strings.ReplaceAll(uid, "-", "_")+".slice", "podd-"+id+".scope")
+		}
+		dir := group(t, n, "container "+name+" main", ids, pods)
+		if got := strings.TrimPrefix(dir, "/sys/fs/cgroup"); got != want {
+			t.Errorf("%s is in\n%s, want\n%s", name, got, want)
+		}
+		attr := make([]byte, 256)
+		size, err := unix.Getxattr(filepath.Dir(dir), "user.pod", attr)
+		if err != nil || string(attr[:max(size, 0)]) != "default/"+node.PodName(name) {
+			t.Errorf("name of the group of %s: %q (%v)", name, attr[:max(size, 0)], err)
+		}
+		for _, file := range []string{"cpu.pressure", "memory.pressure", "io.pressure"} {
+			if b, err := os.ReadFile(filepath.Join(dir, file)); err != nil || !strings.HasPrefix(string(b), "some avg10=") {
+				t.Errorf("%s of %s: %q (%v)", file, name, b, err)
+			}
+		}
+	}
+}
+
+// TestUnifiedOutOfMemory: the kernel takes all of a container at once, or with
+// singleProcessOOMKill the one process that is too big.
+func TestUnifiedOutOfMemory(t *testing.T) {
+	if !unified() {
+		t.Skip("this machine has cgroup v1; make node-test runs it on one with v2")
+	}
+	for _, single := range []bool{false, true} {
+		t.Run(fmt.Sprintf("singleProcessOOMKill=%v", single), func(t *testing.T) {
+			config := filepath.Join(t.TempDir(), "podd.yaml")
+			text := fmt.Sprintf("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nsingleProcessOOMKill: %v\n", single)
+			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			n := start(t, "--config", config)
+			n.Write("two.yaml", pod("two", "restartPolicy: Never", "serve", ":8081")+"    resources: {limits: {memory: 48Mi}}\n")
+			n.WaitRunning("two")
+			_, _, err := n.Podd("exec", node.PodName("two"), "--", "/testserver", "hog", "200")
+			if err == nil {
+				t.Error("the process that is too big ended well")
+			}
+			if single {
+				if p, err := n.Pod("two"); err != nil || !node.Running(p) {
+					t.Errorf("the container did not survive: %v, %+v", err, p.Status)
+				}
+				return
+			}
+			p := n.WaitPod("two", "ended", 30*second, func(p *v1.Pod) bool { return terminated(p) != nil })
+			if st := terminated(p); st.Reason != "OOMKilled" || st.ExitCode != 137 {
+				t.Errorf("got %+v", st)
+			}
+		})
+	}
+}
+
+// TestDevicesOfContainers: a container opens the devices of its specification
+// and makes no others, a privileged one has all.
+func TestDevicesOfContainers(t *testing.T) {
+	n := start(t)
+	shell := func(name, extra string) string {
+		return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers:\n  - {name: main, image: %q, command: [sleep, \"1000000\"]%s}\n", name, busybox, extra)
+	}
+	n.Write("plain.yaml", shell("plain", ""))
+	n.Write("open.yaml", shell("open", ", securityContext: {privileged: true}"))
+	n.WaitRunning("plain", "open")
+	const opens = "rm -f /x && mknod /x c %s && : < /x && echo opened"
+	for _, tt := range []struct {
+		pod, device string
+		opened      bool
+	}{
+		{"plain", "1 3", true},   // null
+		{"plain", "1 5", true},   // zero
+		{"plain", "1 11", false}, // kmsg
+		{"plain", "1 1", false},  // mem
+		{"open", "1 11", true},
+	} {
+		out, errOut, err := n.Podd("exec", node.PodName(tt.pod), "--", "sh", "-c", fmt.Sprintf(opens, tt.device))
+		if opened := strings.Contains(out, "opened"); opened != tt.opened {
+			t.Errorf("device %s in %s: opened %v, want %v (%v)\n%s", tt.device, tt.pod, opened, tt.opened, err, errOut)
+		} else if !opened && !strings.Contains(errOut, "not permitted") {
+			t.Errorf("device %s in %s: %s", tt.device, tt.pod, errOut)
 		}
 	}
 }

@@ -24,6 +24,7 @@ func (w *worker) ensureCgroup(l *life) {
 			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedCreatePodContainer", "unable to ensure pod container exists: %v", err)
 			return nil, fmt.Errorf("make the cgroup of pod %s: %w", pod.Name, err)
 		}
+		w.t.deps.Cgroups.Name(pod.UID, qos.GetPodQOS(pod), pod.Namespace+"/"+pod.Name)
 		return func() { l.o.Cgroup = StepDone }, nil
 	})
 }

@@ -539,6 +539,8 @@ type fakeCgroups struct {
 
 func (g *fakeCgroups) Parent(uid types.UID, qos v1.PodQOSClass) string { return "/pods/" + string(uid) }
 
+func (g *fakeCgroups) Name(types.UID, v1.PodQOSClass, string) {}
+
 func (g *fakeCgroups) Ensure(ctx context.Context, uid types.UID, _ v1.PodQOSClass, r *specs.LinuxResources) error {
 	if err := g.rt.enter(ctx, "EnsureCgroup", string(uid)); err != nil {
 		return err
