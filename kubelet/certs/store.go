@@ -150,17 +150,22 @@ func (p *Pair) OnNew(f func()) {
 
 // renewal is when a certificate is renewed: when between 70 and 90 percent of
 // its life are over, so that the nodes of a cluster do not all come at once.
-func renewal(c *x509.Certificate, part float64) time.Time {
-	life := c.NotAfter.Sub(c.NotBefore)
-	return c.NotBefore.Add(time.Duration(float64(life) * (0.7 + 0.2*part)))
+// Its life begins when it was signed, if that is known: signers date it back by
+// minutes, and one that lives for minutes would be renewed at once.
+func renewal(c *x509.Certificate, signed time.Time, part float64) time.Time {
+	from := c.NotBefore
+	if signed.After(from) {
+		from = signed
+	}
+	return from.Add(time.Duration(float64(c.NotAfter.Sub(from)) * (0.7 + 0.2*part)))
 }
 
 // Run renews the pair until ctx ends.
 func (p *Pair) Run(ctx context.Context, by Signer) error {
-	failures := 0
+	failures, signed := 0, time.Time{}
 	for ctx.Err() == nil {
 		if c := p.Current(); c != nil && failures == 0 {
-			at := renewal(c.Leaf, mathrand.Float64())
+			at := renewal(c.Leaf, signed, mathrand.Float64())
 			p.log.Info("certificate will be renewed", "file", p.prefix, "at", at, "ends", c.Leaf.NotAfter)
 			if !sleep(ctx, time.Until(at)) {
 				return nil
@@ -176,7 +181,7 @@ func (p *Pair) Run(ctx context.Context, by Signer) error {
 			}
 			continue
 		}
-		failures = 0
+		failures, signed = 0, time.Now()
 	}
 	return nil
 }
