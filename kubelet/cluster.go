@@ -90,6 +90,9 @@ func (a *agent) openCluster(cfg *Cluster) (*cluster, error) {
 	n := cfg.Node
 	n.Client, n.Status, n.Log = c.client, machine.Status, c.log
 	n.Registered = func(uid types.UID) { c.pods.Registered(uid) }
+	// Upstream names the Node so, too: its UID may not be known.
+	self := &v1.ObjectReference{Kind: "Node", Name: n.Name, UID: types.UID(n.Name)}
+	n.Event = func(eventType, reason, message string) { a.events.Eventf(self, eventType, reason, "%s", message) }
 	c.node = node.New(n)
 	if cfg.ServingByCluster {
 		var ips []net.IP

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,7 +49,9 @@ type Config struct {
 	StatusEvery, ReportEvery, LeaseDuration time.Duration
 	// Registered is told the Node's UID, whenever it is another one.
 	Registered func(uid types.UID)
-	Log        *slog.Logger
+	// Event tells of the Node.
+	Event func(eventType, reason, message string)
+	Log   *slog.Logger
 }
 
 // Node of the cluster.
@@ -72,6 +75,7 @@ func New(cfg Config) *Node {
 // Run keeps the Node until ctx ends.
 func (n *Node) Run(ctx context.Context) error {
 	var parts sync.WaitGroup
+	n.tell(change{v1.EventTypeNormal, "Starting", "Starting kubelet."})
 	parts.Go(func() { n.renewals(ctx) })
 	parts.Go(func() { n.cfg.Client.Node(ctx, n.cfg.Name, n.seen) })
 	failures := 0
@@ -135,6 +139,7 @@ func (n *Node) seen(node *v1.Node) {
 	}
 	n.node = node
 	n.mu.Unlock()
+	n.tellSchedulable(was, node)
 	switch {
 	case node == nil:
 		if was != nil {
@@ -170,6 +175,12 @@ func (n *Node) fresh(status v1.NodeStatus) *v1.Node {
 		Spec:   v1.NodeSpec{Taints: n.cfg.Taints, Unschedulable: n.cfg.Unschedulable},
 		Status: status,
 	}
+	now := metav1.Now()
+	node.Status.Conditions = slices.Clone(status.Conditions)
+	for i := range node.Status.Conditions {
+		c := &node.Status.Conditions[i]
+		c.LastHeartbeatTime, c.LastTransitionTime = now, now
+	}
 	if n.cfg.Unschedulable {
 		node.Spec.Taints = append(node.Spec.Taints, v1.Taint{Key: v1.TaintNodeUnschedulable, Effect: v1.TaintEffectNoSchedule})
 	}
@@ -181,6 +192,7 @@ func (n *Node) register(ctx context.Context, status v1.NodeStatus) error {
 	ref := apiserver.Ref{Resource: "nodes"}
 	is := &v1.Node{}
 	err := n.cfg.Client.Create(ctx, ref, n.fresh(status), is)
+	made := err == nil
 	if apierrors.IsAlreadyExists(err) {
 		ref.Name = n.cfg.Name
 		if err = n.cfg.Client.Get(ctx, ref, is); err == nil {
@@ -193,6 +205,9 @@ func (n *Node) register(ctx context.Context, status v1.NodeStatus) error {
 	n.mu.Lock()
 	n.node = is
 	n.mu.Unlock()
+	if made {
+		n.tell(changes(n.cfg.Name, nil, &status)...)
+	}
 	n.log.Info("node registered", "node", n.cfg.Name, "uid", is.UID)
 	n.cfg.Registered(is.UID)
 	n.poke() // its status may be of another time
@@ -246,6 +261,7 @@ func (n *Node) report(ctx context.Context, node *v1.Node, status v1.NodeStatus) 
 	}
 	n.mu.Unlock()
 	n.reported = now.Time
+	n.tell(changes(n.cfg.Name, &node.Status, &status)...)
 	return nil
 }
 
