@@ -37,9 +37,19 @@ func fromRoot(parts ...string) string {
 	return p
 }
 
-// full says whether the long form was asked for, with controllers and
-// scheduler: those take minutes more to build.
-func full() bool { return os.Getenv("PODD_TEST_ALL") != "" }
+// testingAll says whether the long form was asked for.
+func testingAll() bool { return os.Getenv("PODD_TEST_ALL") != "" }
+
+// long skips what takes longer than `make test` should.
+func long(t testing.TB) {
+	t.Helper()
+	if !testingAll() {
+		t.Skip("part of make cluster-test")
+	}
+}
+
+// peers is where upstream's programs are built.
+func peers() string { return fromRoot(".cache", "peers") }
 
 var (
 	planeOnce sync.Once
@@ -60,31 +70,34 @@ func plane(t testing.TB) *control.Plane {
 	return thePlane
 }
 
-func startPlane() (*control.Plane, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
-	defer cancel()
-	programs := control.APIOnly
-	if full() {
-		programs = control.Complete
-	}
-	peers := fromRoot(".cache", "peers")
-	build := exec.CommandContext(ctx, fromRoot("integration", "peer", "build.sh"), append([]string{peers}, programs...)...)
-	build.WaitDelay = 5 * time.Second
+// build upstream's programs, if they are not there.
+func build(ctx context.Context, programs ...string) error {
+	cmd := exec.CommandContext(ctx, fromRoot("integration", "peer", "build.sh"), append([]string{peers()}, programs...)...)
+	cmd.WaitDelay = 5 * time.Second
 	began := time.Now()
-	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build %s: %w\n%s", strings.Join(programs, ", "), err, out)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w\n%s", strings.Join(programs, ", "), err, out)
 	}
 	if took := time.Since(began); took > 5*time.Second {
 		fmt.Printf("%s built in %.0f s\n", strings.Join(programs, ", "), took.Seconds())
+	}
+	return nil
+}
+
+func startPlane() (*control.Plane, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	defer cancel()
+	if err := build(ctx, append([]string{"kubectl"}, control.Complete...)...); err != nil {
+		return nil, err
 	}
 	dir, err := os.MkdirTemp("", "podd-plane-")
 	if err != nil {
 		return nil, err
 	}
-	began = time.Now()
+	began := time.Now()
 	ctx, cancel = context.WithTimeout(context.Background(), node.Scale(2*time.Minute))
 	defer cancel()
-	p, err := control.Start(ctx, peers, dir, programs...)
+	p, err := control.Start(ctx, peers(), dir, control.Complete...)
 	if err != nil {
 		return nil, err
 	}
@@ -104,13 +117,17 @@ const (
 	busybox    = "podd.test/busybox:1"
 )
 
-// registry serves the test images, built once and kept from run to run.
-var registry = sync.OnceValues(func() (*images.Registry, error) {
-	dir := os.Getenv("PODD_TEST_CACHE")
-	if dir == "" {
-		dir = fromRoot(".cache", "images")
+// imageCache keeps the test images from run to run.
+func imageCache() string {
+	if dir := os.Getenv("PODD_TEST_CACHE"); dir != "" {
+		return dir
 	}
-	b := &images.Builder{Dir: dir}
+	return fromRoot(".cache", "images")
+}
+
+// registry serves the test images.
+var registry = sync.OnceValues(func() (*images.Registry, error) {
+	b := &images.Builder{Dir: imageCache()}
 	r, err := images.Serve("127.0.0.1:0", "", "")
 	if err != nil {
 		return nil, err

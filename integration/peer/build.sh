@@ -5,7 +5,7 @@
 #
 #   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl
 #                           etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
-#                           kube-proxy e2e.test agnhost
+#                           kube-proxy metrics-server e2e.test agnhost
 #                           (default: the first four)
 #
 # critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
@@ -20,7 +20,7 @@ exec 9>"$out/.lock"
 flock 9 # two builds of one program would write the same module
 store=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/podd/peers
 [ $# -gt 0 ] || set -- kubelet containerd runc cni
-K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8 CNI=v1.9.0
+K8S=v1.36.3 STAGING=v0.36.3 CONTAINERD=v2.4.2 RUNC=v1.5.2 CRITOOLS=v1.36.0 ETCD=v3.6.8 CNI=v1.9.0 METRICS=v0.9.0
 # -trimpath: what podd depends on too is compiled once for both.
 export GOFLAGS="-mod=mod -trimpath"
 
@@ -62,6 +62,7 @@ for peer; do
 	kubelet | kube-* | kubectl | e2e.test) version=$K8S ;;
 	agnhost) version=$K8S files="agnhost localhost.crt localhost.key" ;;
 	etcd) version=$ETCD ;;
+	metrics-server) version=$METRICS ;;
 	containerd) version=$CONTAINERD files="containerd containerd-shim-runc-v2" ;;
 	runc) version=$RUNC ;;
 	critest) version=$CRITOOLS-${CRITEST_PINNED:-as-is} ;;
@@ -87,6 +88,11 @@ for peer; do
 		[ -x "$out/$peer" ] && continue
 		kubernetes "$peer"
 		CGO_ENABLED=0 go test -c -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/test/e2e" ;;
+	metrics-server)
+		[ -x "$out/$peer" ] && continue
+		kubernetes "$peer" # for the same versions of the libraries
+		echo "require sigs.k8s.io/metrics-server $METRICS" >> go.mod
+		CGO_ENABLED=0 go build -ldflags "-s -w" -o "$out/$peer" sigs.k8s.io/metrics-server/cmd/metrics-server ;;
 	etcd)
 		[ -x "$out/etcd" ] && continue
 		module etcd "go.etcd.io/etcd/server/v3 $ETCD"

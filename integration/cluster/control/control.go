@@ -5,6 +5,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,8 @@ var (
 	Complete = []string{"etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"}
 	// WithServices is Complete and a kube-proxy for the one node of StartAt.
 	WithServices = append(slices.Clone(Complete), "kube-proxy")
+	// all that a Plane can run, in the order of their start.
+	all = append(slices.Clone(WithServices), "metrics-server")
 )
 
 // ServiceIP is where pods find the apiserver, the first of the services' range.
@@ -55,10 +58,12 @@ type Plane struct {
 
 	bin   string
 	addr  string // where the apiserver is for pods; "": they cannot reach it
-	ca    *authority
-	ports struct{ etcd, peer, api int }
+	ca    *Authority
+	ports struct{ etcd, peer, api, metrics int }
 	mu    sync.Mutex
 	procs map[string]*process
+	// signing is how long certificates live that the cluster signs; "": a year.
+	signing string
 }
 
 // Start starts the programs named, from the directory bin, with their state in
@@ -77,14 +82,14 @@ func StartAt(ctx context.Context, bin, dir, addr string, programs ...string) (_ 
 			p.Stop()
 		}
 	}()
-	if p.ca, err = newAuthority(filepath.Join(dir, "pki")); err != nil {
+	if p.ca, err = NewAuthority(filepath.Join(dir, "pki")); err != nil {
 		return nil, err
 	}
-	ports, err := freePorts(3)
+	ports, err := freePorts(4)
 	if err != nil {
 		return nil, err
 	}
-	p.ports.etcd, p.ports.peer, p.ports.api = ports[0], ports[1], ports[2]
+	p.ports.etcd, p.ports.peer, p.ports.api, p.ports.metrics = ports[0], ports[1], ports[2], ports[3]
 	p.URL = fmt.Sprintf("https://127.0.0.1:%d", p.ports.api)
 	if err := p.credentials(); err != nil {
 		return nil, err
@@ -144,8 +149,8 @@ func (p *Plane) StopProgram(name string, sig syscall.Signal) {
 
 // Stop ends everything, what was started last first.
 func (p *Plane) Stop() {
-	for i := len(WithServices) - 1; i >= 0; i-- {
-		p.StopProgram(WithServices[i], syscall.SIGKILL)
+	for i := len(all) - 1; i >= 0; i-- {
+		p.StopProgram(all[i], syscall.SIGKILL)
 	}
 }
 
@@ -189,6 +194,10 @@ func (p *Plane) args(name string) ([]string, error) {
 			"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
 			// Tokens live as long as they were asked for, not a year.
 			"--service-account-extend-token-expiration=false",
+			// Other apiservers are told by this certificate who asks them.
+			"--proxy-client-cert-file="+pki("front-proxy.crt"), "--proxy-client-key-file="+pki("front-proxy.key"),
+			"--requestheader-client-ca-file="+pki("ca.crt"), "--requestheader-allowed-names=front-proxy",
+			"--requestheader-username-headers=X-Remote-User", "--requestheader-group-headers=X-Remote-Group", "--requestheader-extra-headers-prefix=X-Remote-Extra-",
 			"--audit-log-path="+p.AuditLog(), "--audit-policy-file="+filepath.Join(p.Dir, "audit.yaml"),
 			"--audit-log-mode=blocking",
 			"--shutdown-delay-duration=0s",
@@ -207,6 +216,7 @@ func (p *Plane) args(name string) ([]string, error) {
 			"--service-account-private-key-file=" + pki("sa.key"), "--root-ca-file=" + pki("ca.crt"),
 			"--cluster-signing-cert-file=" + pki("ca.crt"), "--cluster-signing-key-file=" + pki("ca.key"),
 			"--kube-api-qps=200", "--kube-api-burst=400", "--concurrent-deployment-syncs=10", "--concurrent-replicaset-syncs=10",
+			"--cluster-signing-duration=" + cmp.Or(p.signing, "8760h"),
 		}, nil
 	case "kube-scheduler":
 		port, err := freePorts(1)
@@ -219,6 +229,13 @@ func (p *Plane) args(name string) ([]string, error) {
 			"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", port[0]), "--leader-elect=false",
 			"--cert-dir=" + filepath.Join(p.Dir, name),
 			"--kube-api-qps=500", "--kube-api-burst=1000",
+		}, nil
+	case "metrics-server":
+		kc := p.Kubeconfig(name)
+		return []string{
+			"--kubeconfig=" + kc, "--authentication-kubeconfig=" + kc, "--authorization-kubeconfig=" + kc,
+			"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", p.ports.metrics), "--cert-dir=" + filepath.Join(p.Dir, name),
+			"--kubelet-preferred-address-types=InternalIP", "--kubelet-use-node-status-port", "--kubelet-insecure-tls", "--metric-resolution=10s",
 		}, nil
 	case "kube-proxy":
 		ports, err := freePorts(2)
@@ -233,6 +250,9 @@ func (p *Plane) args(name string) ([]string, error) {
 	}
 	return nil, fmt.Errorf("no program %q in a control plane", name)
 }
+
+// MetricsPort is where metrics-server listens on 127.0.0.1.
+func (p *Plane) MetricsPort() int { return p.ports.metrics }
 
 // AuditLog has a line for each request to the apiserver.
 func (p *Plane) AuditLog() string { return filepath.Join(p.Dir, "audit.log") }

@@ -15,20 +15,22 @@ import (
 	"path/filepath"
 	"time"
 
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 )
 
-// authority is the cluster's, which signs everything.
-type authority struct {
-	dir  string
+// Authority signs certificates.
+type Authority struct {
+	// Dir has NAME.crt and NAME.key of all that it has signed, and its own, ca.
+	Dir  string
 	cert *x509.Certificate
 	key  crypto.Signer
 }
 
-// newAuthority makes ca.crt, ca.key and the key of the service accounts' tokens.
-func newAuthority(dir string) (*authority, error) {
+// NewAuthority makes one, and the keys for tokens of service accounts (sa.key, sa.pub).
+func NewAuthority(dir string) (*Authority, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -41,7 +43,7 @@ func newAuthority(dir string) (*authority, error) {
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
-	a := &authority{dir: dir, cert: template, key: key}
+	a := &Authority{Dir: dir, cert: template, key: key}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		return nil, err
@@ -55,22 +57,22 @@ func newAuthority(dir string) (*authority, error) {
 	return a, a.tokenKey()
 }
 
-func (a *authority) write(name string, der []byte, key crypto.Signer) error {
+func (a *Authority) write(name string, der []byte, key crypto.Signer) error {
 	raw, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return err
 	}
-	if err := writePEM(filepath.Join(a.dir, name+".key"), "PRIVATE KEY", raw); err != nil {
+	if err := writePEM(filepath.Join(a.Dir, name+".key"), "PRIVATE KEY", raw); err != nil {
 		return err
 	}
-	return writePEM(filepath.Join(a.dir, name+".crt"), "CERTIFICATE", der)
+	return writePEM(filepath.Join(a.Dir, name+".crt"), "CERTIFICATE", der)
 }
 
 func writePEM(path, kind string, der []byte) error {
 	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
 }
 
-func (a *authority) tokenKey() error {
+func (a *Authority) tokenKey() error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -83,14 +85,14 @@ func (a *authority) tokenKey() error {
 	if err != nil {
 		return err
 	}
-	if err := writePEM(filepath.Join(a.dir, "sa.key"), "EC PRIVATE KEY", private); err != nil {
+	if err := writePEM(filepath.Join(a.Dir, "sa.key"), "EC PRIVATE KEY", private); err != nil {
 		return err
 	}
-	return writePEM(filepath.Join(a.dir, "sa.pub"), "PUBLIC KEY", public)
+	return writePEM(filepath.Join(a.Dir, "sa.pub"), "PUBLIC KEY", public)
 }
 
-// issue a certificate for client and server use.
-func (a *authority) issue(name, user string, groups []string, lifetime time.Duration, ips ...net.IP) error {
+// Issue a certificate for client and server use; name is that of its files.
+func (a *Authority) Issue(name, user string, groups []string, lifetime time.Duration, ips ...net.IP) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -120,10 +122,13 @@ func (p *Plane) credentials() error {
 	if p.addr != "" {
 		local = append(local, net.ParseIP(p.addr))
 	}
-	if err := p.ca.issue("apiserver", "kube-apiserver", nil, day, local...); err != nil {
+	if err := p.ca.Issue("apiserver", "kube-apiserver", nil, day, local...); err != nil {
 		return err
 	}
-	if err := p.ca.issue("kubelet-client", "kube-apiserver-kubelet-client", nil, day); err != nil {
+	if err := p.ca.Issue("kubelet-client", "kube-apiserver-kubelet-client", nil, day); err != nil {
+		return err
+	}
+	if err := p.ca.Issue("front-proxy", "front-proxy", nil, day); err != nil {
 		return err
 	}
 	for name, who := range map[string]struct {
@@ -148,17 +153,26 @@ func (p *Plane) CA() string { return filepath.Join(p.Dir, "pki", "ca.crt") }
 
 // Certificate and key files of a user made by User.
 func (p *Plane) Certificate(name string) (cert, key string) {
-	return filepath.Join(p.ca.dir, name+".crt"), filepath.Join(p.ca.dir, name+".key")
+	return filepath.Join(p.ca.Dir, name+".crt"), filepath.Join(p.ca.Dir, name+".key")
 }
 
 // User makes a certificate of that life and returns its kubeconfig; name is
 // that of its files.
 func (p *Plane) User(name, user string, groups []string, lifetime time.Duration) (string, error) {
-	if err := p.ca.issue(name, user, groups, lifetime); err != nil {
+	if err := p.ca.Issue(name, user, groups, lifetime); err != nil {
 		return "", err
 	}
 	cert, key := p.Certificate(name)
 	return p.writeKubeconfig(name, &clientcmdapi.AuthInfo{ClientCertificate: cert, ClientKey: key})
+}
+
+// ClientOf makes a certificate of a user and returns a client of theirs; name
+// is that of its files.
+func (p *Plane) ClientOf(name, user string, groups ...string) (kubernetes.Interface, error) {
+	if _, err := p.User(name, user, groups, time.Hour); err != nil {
+		return nil, err
+	}
+	return kubernetes.NewForConfig(p.restConfig(name))
 }
 
 // Node makes the kubeconfig of a node.
