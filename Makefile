@@ -86,7 +86,7 @@ e2e: test-deps ## Run Kubernetes' own end-to-end tests with podd as the node: PO
 	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests e2e
 
 bench: deps build ## Measure podd next to upstream's kubelet and containerd (as root; builds those at first, for minutes)
-	@integration/peer/build.sh .cache/peers
+	@integration/peer/build.sh .cache/peers kubelet containerd runc cni etcd kube-apiserver kube-controller-manager kube-scheduler
 	@CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN)/bench ./integration/bench
 	@$(BIN)/bench -bin $(BIN) -peers .cache/peers $(BENCH_FLAGS)
 

@@ -26,6 +26,8 @@ type node interface {
 	// runtimeOnly keeps the agent off pods that were made through the CRI,
 	// which upstream's kubelet ends as unknown to it.
 	runtimeOnly() (end func())
+	// join a cluster at the next start.
+	join(m *member)
 }
 
 // dirs of one node, below the scratch directory.
@@ -88,6 +90,7 @@ type poddNode struct {
 	o      options
 	images *imageServer
 	cmd    *exec.Cmd
+	member *member // nil: of no cluster
 }
 
 func newPodd(o options, images *imageServer) node { return &poddNode{o: o, images: images} }
@@ -100,13 +103,17 @@ func (p *poddNode) runtimeOnly() func() { return func() {} }
 
 func (p *poddNode) start(ctx context.Context) error {
 	d := func(s string) string { return dir(p.o, "podd", s) }
-	cmd, err := launch(filepath.Join(p.o.work, "podd.log"), filepath.Join(p.o.bin, "podd"), "run",
+	args := []string{"run",
 		"--data-dir", d("data"), "--run-dir", d("run"), "--root-dir", d("root"),
 		"--pod-manifest-path", p.manifests(), "--pod-logs-dir", d("logs/pods"),
 		"--cni-conf-dir", d("cni"), "--registry-config-path", d("certs.d"),
 		"--cri-socket", p.criSocket(), "--cgroup-root", "/podd-bench-podd",
 		"--container-log-max-size", "100Gi", // containerd alone does not rotate either
-		"--hostname-override", "bench")
+		"--hostname-override", "bench"}
+	if p.member != nil {
+		args = append(args, p.member.flags(p.o)...)
+	}
+	cmd, err := launch(filepath.Join(p.o.work, "podd.log"), filepath.Join(p.o.bin, "podd"), args...)
 	if err != nil {
 		return err
 	}
@@ -134,6 +141,7 @@ type peerNode struct {
 	o                   options
 	images              *imageServer
 	containerd, kubelet *exec.Cmd
+	member              *member // nil: of no cluster
 }
 
 func newPeer(o options, images *imageServer) node { return &peerNode{o: o, images: images} }
@@ -162,14 +170,14 @@ state = %q
 
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
-staticPodPath: %s
-containerRuntimeEndpoint: unix://%s
+staticPodPath: %[1]s
+containerRuntimeEndpoint: unix://%[2]s
 failCgroupV1: false
 cgroupDriver: cgroupfs
 cgroupRoot: /podd-bench-peer
 cgroupsPerQOS: true
 enforceNodeAllocatable: []
-podLogsDir: %s
+podLogsDir: %[3]s
 maxPods: 250
 port: 10250
 address: 127.0.0.1
@@ -177,8 +185,8 @@ healthzPort: 10248
 readOnlyPort: 0
 failSwapOn: false
 imageGCHighThresholdPercent: 100
-authentication: {anonymous: {enabled: false}, webhook: {enabled: false}}
-authorization: {mode: AlwaysAllow}
+authentication: {anonymous: {enabled: false}, webhook: {enabled: %[4]t}}
+authorization: {mode: %[5]s}
 evictionHard: {memory.available: "1Mi", nodefs.available: "0%%", nodefs.inodesFree: "0%%", imagefs.available: "0%%", imagefs.inodesFree: "0%%"}
 `
 
@@ -196,10 +204,18 @@ func (p *peerNode) start(ctx context.Context) error {
 	d := func(s string) string { return dir(p.o, "peer", s) }
 	conf := filepath.Join(p.o.work, "peer", "containerd.toml")
 	kconf := filepath.Join(p.o.work, "peer", "kubelet.yaml")
+	webhook, mode := false, "AlwaysAllow"
+	args := []string{"--config", kconf, "--root-dir", d("kubelet"), "--node-ip", "10.98.0.1", "--cert-dir", d("pki"), "--hostname-override"}
+	if m := p.member; m != nil {
+		webhook, mode = true, "Webhook" // its defaults
+		args = append(args, m.name, "--kubeconfig", m.kubeconfig)
+	} else {
+		args = append(args, "bench")
+	}
 	if err := writeFiles(map[string]string{
 		conf: fmt.Sprintf(containerdConfig, d("root"), d("state"), p.criSocket(), p.o.peers, d("cni"),
 			filepath.Join(p.o.peers, "runc"), p.images.host),
-		kconf: fmt.Sprintf(kubeletConfig, p.manifests(), p.criSocket(), d("logs")),
+		kconf: fmt.Sprintf(kubeletConfig, p.manifests(), p.criSocket(), d("logs"), webhook, mode),
 		filepath.Join(d("cni"), "10-bench.conflist"): fmt.Sprintf(cniConfig, d("ipam")),
 	}); err != nil {
 		return err
@@ -215,8 +231,7 @@ func (p *peerNode) start(ctx context.Context) error {
 	if err := until(ctx, "containerd's CRI socket", time.Minute, func() bool { return answers(ctx, p.criSocket()) }); err != nil {
 		return err
 	}
-	if p.kubelet, err = launch(filepath.Join(p.o.work, "kubelet.log"), filepath.Join(p.o.peers, "kubelet"),
-		"--config", kconf, "--root-dir", d("kubelet"), "--hostname-override", "bench", "--node-ip", "10.98.0.1", "--cert-dir", d("pki")); err != nil {
+	if p.kubelet, err = launch(filepath.Join(p.o.work, "kubelet.log"), filepath.Join(p.o.peers, "kubelet"), args...); err != nil {
 		return err
 	}
 	return until(ctx, "kubelet's /healthz", 2*time.Minute, func() bool {
