@@ -135,7 +135,8 @@ func (v *Volumes) bind(ctx context.Context, pod *v1.Pod, p *dir) (*claimsRecord,
 		}
 		bound, err := v.lookUp(ctx, pod, vol, claim)
 		if err != nil {
-			return nil, fmt.Errorf("volume %q: claim %s/%s: %w", vol.Name, pod.Namespace, claim, err)
+			// Upstream's words for a volume that it has not come to mount.
+			return nil, fmt.Errorf("Unable to attach or mount volumes: unmounted volumes=[%[1]s], unattached volumes=[], failed to process volumes=[%[1]s]: error processing PVC %[2]s/%[3]s: %[4]w", vol.Name, pod.Namespace, claim, err) //nolint:staticcheck
 		}
 		record.Volumes[vol.Name] = bound
 		changed = true

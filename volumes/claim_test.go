@@ -122,7 +122,8 @@ func TestClaimsThatMayNotBeUsed(t *testing.T) {
 		if (c.want == nil) != (err == nil) || c.want != nil && !c.want(err) {
 			t.Errorf("%s: %v", claim, err)
 		}
-		if err != nil && !strings.Contains(err.Error(), `volume "data": claim`) {
+		if err != nil && !strings.Contains(err.Error(), "failed to process volumes=[data]: error processing PVC ns/"+claim+": ") &&
+			!strings.Contains(err.Error(), `failed for volume "data" : claim `+claim) {
 			t.Errorf("%s: the error does not name volume and claim: %v", claim, err)
 		}
 	}

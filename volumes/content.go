@@ -204,7 +204,7 @@ func (v *Volumes) addConfigMap(out files, namespace, name string, items []v1.Key
 	for k, d := range m.BinaryData {
 		all[k] = d
 	}
-	if err := pick(out, all, items, def, isOptional(optional)); err != nil {
+	if err := pick(out, "config", all, items, def, isOptional(optional)); err != nil {
 		return fmt.Errorf("configMap %s/%s: %w", namespace, name, err)
 	}
 	return nil
@@ -222,14 +222,15 @@ func (v *Volumes) addSecret(out files, namespace, name string, items []v1.KeyToP
 	default:
 		return fmt.Errorf("secret %s/%s: %w", namespace, name, err)
 	}
-	if err := pick(out, s.Data, items, def, isOptional(optional)); err != nil {
+	if err := pick(out, "secret", s.Data, items, def, isOptional(optional)); err != nil {
 		return fmt.Errorf("secret %s/%s: %w", namespace, name, err)
 	}
 	return nil
 }
 
-// pick takes all keys, or those that items name.
-func pick(out files, all map[string][]byte, items []v1.KeyToPath, def uint32, optional bool) error {
+// pick takes all keys, or those that items name. kind is upstream's word for
+// whose keys they are.
+func pick(out files, kind string, all map[string][]byte, items []v1.KeyToPath, def uint32, optional bool) error {
 	if len(items) == 0 {
 		for k, d := range all {
 			out[k] = projection{data: d, mode: def}
@@ -242,7 +243,7 @@ func pick(out files, all map[string][]byte, items []v1.KeyToPath, def uint32, op
 			if optional {
 				continue
 			}
-			return fmt.Errorf("items name key %q, which it does not have: %w", item.Key, errdefs.ErrNotFound)
+			return fmt.Errorf("references non-existent %s key: %s: %w", kind, item.Key, errdefs.ErrNotFound)
 		}
 		m := def
 		if item.Mode != nil {

@@ -157,7 +157,7 @@ func TestNFSWithoutServer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	err := v.Setup(ctx, p)
-	if err == nil || !strings.Contains(err.Error(), `volume "n": nfs 127.0.0.1:/export`) {
+	if err == nil || !strings.Contains(err.Error(), `MountVolume.SetUp failed for volume "n" : nfs 127.0.0.1:/export`) {
 		t.Errorf("error: %v", err)
 	}
 }

@@ -38,12 +38,10 @@ func checkHostPath(path string, kind v1.HostPathType) error {
 		}
 		mode, err = stat()
 	}
-	if errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("hostPath %s does not exist, type %s asks for it: %w", path, kind, errdefs.ErrNotFound)
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
+	missing := err != nil
 	want := uint32(0)
 	switch kind {
 	case v1.HostPathUnset:
@@ -61,10 +59,19 @@ func checkHostPath(path string, kind v1.HostPathType) error {
 	default:
 		return fmt.Errorf("hostPath %s: unknown type %q: %w", path, kind, errdefs.ErrInvalidArgument)
 	}
-	if mode != want {
-		return fmt.Errorf("hostPath %s is a %s, type %s asks for a %s: %w", path, modeName(mode), kind, modeName(want), errdefs.ErrFailedPrecondition)
+	// Upstream's words, and what is there instead.
+	switch failed := "hostPath type check failed: " + path + " is not a " + upstreamName[want]; {
+	case missing:
+		return fmt.Errorf("%s: it does not exist: %w", failed, errdefs.ErrNotFound)
+	case mode != want:
+		return fmt.Errorf("%s: it is a %s: %w", failed, modeName(mode), errdefs.ErrFailedPrecondition)
 	}
 	return nil
+}
+
+// upstreamName is how upstream's checks call a type of file.
+var upstreamName = map[uint32]string{
+	unix.S_IFDIR: "directory", unix.S_IFREG: "file", unix.S_IFSOCK: "socket file", unix.S_IFCHR: "character device", unix.S_IFBLK: "block device",
 }
 
 func modeName(mode uint32) string {

@@ -66,6 +66,9 @@ type Config struct {
 	// WatchEvery how often it asks foreign filesystems for an answer, by default
 	// 10 s.
 	MeasureEvery, WatchEvery time.Duration
+	// Measured, if not nil, is called after each measurement of a pod whose use
+	// of the node's storage has a limit, every 10 s at most.
+	Measured func(ctx context.Context, pod *v1.Pod)
 	// RecursiveReadOnly says whether the runtime can make mounts recursively
 	// read-only (mount_setattr, Linux 5.12).
 	RecursiveReadOnly bool
@@ -267,28 +270,33 @@ func (v *Volumes) Setup(ctx context.Context, pod *v1.Pod) error {
 			return err
 		}
 		if err := unsupported(vol); err != nil {
-			return fmt.Errorf("volume %q: %w", vol.Name, err)
+			return setupError(vol.Name, err)
 		}
 		switch {
 		case vol.Image != nil: // the runtime's
 		case vol.NFS != nil || vol.HostPath != nil || isClaim(vol):
 			f, err := bound.volume(pod, vol)
 			if err != nil {
-				return fmt.Errorf("volume %q: %w", vol.Name, err)
+				return setupError(vol.Name, err)
 			}
 			foreign = append(foreign, f)
 		default:
 			if all == nil {
 				if all, err = p.makeDir(volumesDir, 0o750); err != nil {
-					return fmt.Errorf("volume %q: %w", vol.Name, err)
+					return setupError(vol.Name, err)
 				}
 			}
 			if err := v.setupLocal(ctx, pod, all, vol); err != nil {
-				return fmt.Errorf("volume %q at %s: %w", vol.Name, v.path(pod, vol), err)
+				return setupError(vol.Name, fmt.Errorf("%s: %w", v.path(pod, vol), err))
 			}
 		}
 	}
 	return v.setupForeign(ctx, pod, p, foreign)
+}
+
+// setupError says, in upstream's words, which volume is not there and why.
+func setupError(volume string, err error) error {
+	return fmt.Errorf("MountVolume.SetUp failed for volume %q : %w", volume, err)
 }
 
 // path is where a volume is on the host.
@@ -331,7 +339,7 @@ func (v *Volumes) setupForeign(ctx context.Context, pod *v1.Pod, p *dir, vols []
 				if vol.claim != "" {
 					what = fmt.Sprintf("claim %s (volume %s): %s", vol.claim, vol.dir, what)
 				}
-				errs[i] = fmt.Errorf("volume %q: %s%w", vol.Name, what, err)
+				errs[i] = setupError(vol.Name, fmt.Errorf("%s%w", what, err))
 			}
 		})
 	}
@@ -387,7 +395,7 @@ func (v *Volumes) Refresh(ctx context.Context, pod *v1.Pod) error {
 			root.close()
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("volume %q at %s: %w", vol.Name, v.path(pod, vol), err))
+			errs = append(errs, setupError(vol.Name, fmt.Errorf("%s: %w", v.path(pod, vol), err)))
 		}
 	}
 	return errors.Join(errs...)

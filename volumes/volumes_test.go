@@ -436,8 +436,8 @@ func TestUnsupportedNamesKindAndRemedy(t *testing.T) {
 	v, _ := testVolumes(t)
 	p := pod("u1", claimVolume("c", "x"))
 	for want, source := range map[string]v1.VolumeSource{
-		`volume "c": claim ns/x: this node knows no claims`: claimVolume("c", "x").VolumeSource,
-		`volume "c": csi`: {CSI: &v1.CSIVolumeSource{Driver: "d"}},
+		`failed to process volumes=[c]: error processing PVC ns/x: this node knows no claims`: claimVolume("c", "x").VolumeSource,
+		`volume "c" : csi`: {CSI: &v1.CSIVolumeSource{Driver: "d"}},
 	} {
 		p.Spec.Volumes[0].VolumeSource = source
 		err := v.Setup(context.Background(), p)

@@ -16,7 +16,7 @@ import (
 
 var (
 	missingObject = regexp.MustCompile(`(?i)\b(configmap|secret) "?(?:[a-z0-9.-]+/)?([a-z0-9.-]+)"?:? (?:not found|.*no such document)`)
-	missingKey    = regexp.MustCompile(`couldn't find key (\S+) in (ConfigMap|Secret) \S+?/(\S+)|(ConfigMap|Secret) \S+?/(\S+) has no key "?([^" ]+)`)
+	missingKey    = regexp.MustCompile(`couldn't find key (\S+) in (ConfigMap|Secret) \S+?/(\S+)|(?i)(ConfigMap|Secret) \S+?/(\S+?):? (?:has no key|references non-existent (?:config|secret) key:) "?([^" :]+)`)
 	program       = regexp.MustCompile(`exec: "([^"]*)"|exec ([^\s:"]+):|executable ([^\s:"]+)`)
 )
 
@@ -40,6 +40,9 @@ func (x *explainer) startError(c *v1.Container, text string) (reason, cause, rem
 		key, kind, object := m[1], m[2], m[3]
 		if key == "" {
 			key, kind, object = m[6], m[4], m[5]
+		}
+		if kind = "ConfigMap"; strings.EqualFold(m[2]+m[4], "secret") {
+			kind = "Secret"
 		}
 		return "MissingKey", fmt.Sprintf("the %s %s has no key %s", kind, object, key), fmt.Sprintf("add the key to the %s's document in the manifests directory, or mark the reference optional", kind)
 	case missingObject.MatchString(text):
@@ -176,8 +179,14 @@ func (x *explainer) again(f *api.Finding, t time.Time) string {
 var (
 	volumeName = regexp.MustCompile(`volume "([^"]+)"`)
 	nfsSource  = regexp.MustCompile(`nfs (\S+?):(/\S*?)[:,]? `)
-	hostPath   = regexp.MustCompile(`hostPath (\S+)`)
+	hostPath   = regexp.MustCompile(`hostPath (?:type check failed: )?(/\S+)`)
+	unattached = regexp.MustCompile(`failed to process volumes=\[([^]]+)\]`)
 )
+
+// reason is what a message about a volume says after its name.
+func reason(text, volume string) string {
+	return last(last(text, fmt.Sprintf("volume %q : ", volume)), "failed to process volumes=["+volume+"]: ")
+}
 
 // volumes that could not be set up. Containers that have started since prove
 // that it is over.
@@ -192,7 +201,9 @@ func (x *explainer) volumes() {
 	text := plain(message(e))
 	low := strings.ToLower(text)
 	name := "of the pod"
-	if m := volumeName.FindStringSubmatch(text); m != nil {
+	if m := unattached.FindStringSubmatch(text); m != nil {
+		name = m[1]
+	} else if m := volumeName.FindStringSubmatch(text); m != nil {
 		name = m[1]
 	}
 	f := api.Finding{Level: api.Failed, Reason: "FailedMount", Subject: "volume " + name, Since: when(e.FirstTimestamp)}
@@ -228,11 +239,11 @@ func (x *explainer) volumes() {
 		if !strings.Contains(low, "not exist") && !strings.Contains(low, "no such file") {
 			remedy = "check what is there on the node, and the type of the hostPath"
 		}
-		say("HostPath", last(text, fmt.Sprintf("volume %q: ", name)), remedy)
+		say("HostPath", reason(text, name), remedy)
 	case strings.Contains(low, "no space left on device"):
 		say("NoSpace", "there is no space left: "+text, "make room on the file system of podd's root directory (--root-dir)")
 	default:
-		say("FailedMount", last(text, fmt.Sprintf("volume %q: ", name)), remedyOf(text))
+		say("FailedMount", reason(text, name), remedyOf(text))
 	}
 	if !x.sandboxReady() || x.Waits.Volumes.After(x.Now) {
 		f.Message += x.again(&f, x.Waits.Volumes)
