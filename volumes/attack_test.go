@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // subPathPod has an emptyDir that its container mounts by subPath.
@@ -118,6 +119,31 @@ func TestSubPathLinks(t *testing.T) {
 	}
 }
 
+// exchange swaps two paths as fast as it can until stop is called, as a
+// container would that tries to win a race.
+func exchange(a, b string) (stop func()) {
+	end, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-end:
+				return
+			default:
+				unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
+			}
+		}
+	}()
+	return func() { close(end); <-done }
+}
+
+// contested repeats f while an attacker races it.
+func contested(f func()) {
+	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); {
+		f()
+	}
+}
+
 // CVE-2017-1002101, CVE-2021-25741: a container exchanges its subPath for a link
 // while it is being resolved. Whatever is bound must be inside the volume.
 func TestSubPathExchange(t *testing.T) {
@@ -139,34 +165,21 @@ func TestSubPathExchange(t *testing.T) {
 	if err := os.Symlink(outside, root+"/evil"); err != nil {
 		t.Fatal(err)
 	}
-	stop := make(chan struct{})
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				unix.Renameat2(unix.AT_FDCWD, root+"/a", unix.AT_FDCWD, root+"/evil", unix.RENAME_EXCHANGE)
-			}
-		}
-	}()
+	stop := exchange(root+"/a", root+"/evil")
 	good, refused := 0, 0
-	for end := time.Now().Add(500 * time.Millisecond); time.Now().Before(end); {
+	contested(func() {
 		mounts, cleanup, err := v.Mounts(context.Background(), p, &p.Spec.Containers[0], nil)
 		if err != nil {
 			refused++
-			continue
+			return
 		}
 		if _, err := os.Stat(mounts[0].HostPath + "/host"); err == nil {
-			t.Fatal("a directory of the host was bound into the container")
+			t.Error("a directory of the host was bound into the container")
 		}
 		good++
 		cleanup()
-	}
-	close(stop)
-	<-done
+	})
+	stop()
 	t.Logf("%d bound, %d refused", good, refused)
 	if good+refused == 0 {
 		t.Error("nothing was tried")
@@ -215,6 +228,150 @@ func TestTeardownStaysInside(t *testing.T) {
 	}
 	if _, err := os.Stat(v.podDir("u1")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("directory is left: %v", err)
+	}
+}
+
+// CVE-2017-1002102: what a container puts in place of the links and directories
+// of a configMap's volume leads neither writing nor deletion outside.
+func TestContentThatPointsOutside(t *testing.T) {
+	for name, attack := range map[string]func(root, gen, outside string) error{
+		"the link to the content": func(root, _, outside string) error {
+			return errors.Join(os.Remove(root+"/..data"), os.Symlink(outside, root+"/..data"))
+		},
+		"the link, by a relative path": func(root, _, outside string) error {
+			rel, err := filepath.Rel(root, outside)
+			return errors.Join(err, os.Remove(root+"/..data"), os.Symlink(rel, root+"/..data"))
+		},
+		"the content": func(root, gen, outside string) error {
+			return errors.Join(os.RemoveAll(gen), os.Symlink(outside, gen))
+		},
+		"a file": func(_, gen, outside string) error {
+			return errors.Join(os.Remove(gen+"/a"), os.Symlink(outside+"/precious", gen+"/a"))
+		},
+		"an old content": func(root, _, outside string) error { return os.Symlink(outside, root+"/..2001_01_01") },
+		"the next link":  func(root, _, outside string) error { return os.Symlink(outside, root+"/..data_tmp") },
+		"the link as a directory": func(root, _, _ string) error {
+			return errors.Join(os.Remove(root+"/..data"), os.MkdirAll(root+"/..data/a", 0o755))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v, obj := testVolumes(t)
+			outside := t.TempDir()
+			if err := os.WriteFile(outside+"/precious", []byte("x"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			p := pod("u1", configMapVolume("c"))
+			setup(t, v, p)
+			root := v.path(p, &p.Spec.Volumes[0])
+			gen, err := filepath.EvalSymlinks(root + "/..data")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := attack(root, gen, outside); err != nil {
+				t.Fatal(err)
+			}
+			obj.set(&v1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "conf"}, Data: map[string]string{"a": "new"}})
+			err = v.Refresh(context.Background(), p)
+			if data, rerr := os.ReadFile(root + "/a"); err == nil && string(data) != "new" {
+				t.Errorf("content after the refresh: %q, %v", data, rerr)
+			}
+			if err := v.Teardown(context.Background(), "u1"); err != nil {
+				t.Error(err)
+			}
+			entries, err := os.ReadDir(outside)
+			if err != nil || len(entries) != 1 || entries[0].Name() != "precious" {
+				t.Errorf("outside: %v, %v", entries, err)
+			}
+			if data, err := os.ReadFile(outside + "/precious"); err != nil || string(data) != "x" {
+				t.Errorf("file outside: %q, %v", data, err)
+			}
+		})
+	}
+}
+
+// What is checked, made, handed over or deleted is never what an attacker puts
+// in its place meanwhile.
+func TestExchangeWhileWalking(t *testing.T) {
+	needRoot(t)
+	base, outside := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(outside+"/precious", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	make := func() {
+		if err := os.MkdirAll(base+"/vol/dir/deep", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(base+"/vol/dir/precious", nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		os.Symlink(outside, base+"/vol/evil")
+	}
+	safe := func(what string) {
+		gid, mode := owner(t, outside+"/precious") // fails when it is gone
+		dirGid, _ := owner(t, outside)
+		if gid == 4711 || mode != 0o600 || dirGid == 4711 {
+			t.Errorf("%s outside the volume: gid %d and %d, mode %o", what, gid, dirGid, mode)
+		}
+	}
+	make()
+	stop := exchange(base+"/vol/dir", base+"/vol/evil")
+	root, err := openDir(base + "/vol")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.close()
+	contested(func() {
+		// It may fail on what is exchanged, but not leave the volume.
+		_ = applyGroup(context.Background(), root, 4711, v1.FSGroupChangeAlways)
+	})
+	stop()
+	safe("fsGroup")
+
+	stop = exchange(base+"/vol/dir", base+"/vol/evil")
+	d, err := openDir(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	contested(func() {
+		make()
+		_ = removeTree(d, "vol")
+	})
+	stop()
+	safe("removal")
+}
+
+// A hostPath of a type that makes what is missing makes it there, or nowhere.
+func TestHostPathExchange(t *testing.T) {
+	base, outside := t.TempDir(), t.TempDir()
+	if err := os.Symlink(outside+"/made", base+"/evil"); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range []v1.HostPathType{v1.HostPathFileOrCreate, v1.HostPathDirectoryOrCreate} {
+		end, done := make(chan struct{}), make(chan struct{})
+		go func() { // the path is now missing, now a link to something missing
+			defer close(done)
+			for {
+				select {
+				case <-end:
+					return
+				default:
+					os.Rename(base+"/evil", base+"/path")
+					os.Rename(base+"/path", base+"/evil")
+				}
+			}
+		}()
+		contested(func() {
+			_ = checkHostPath(base+"/path", kind)
+			if _, err := os.Lstat(outside + "/made"); err == nil {
+				t.Errorf("%s: made where a link led", kind)
+				os.Remove(outside + "/made")
+			}
+			os.Remove(base + "/path")
+			os.Symlink(outside+"/made", base+"/evil")
+		})
+		close(end)
+		<-done
 	}
 }
 
