@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -155,4 +156,75 @@ func TestRestartKeepsVolumesAndPodsOfBrokenManifests(t *testing.T) {
 	node.Await(t, "the change in the volume", 10*second, func() bool { return exec("cat /conf/color") == "red" })
 	n.Remove("vols.yaml")
 	n.WaitGone(15 * second)
+}
+
+// user is a pod with one volume at /data that runs a shell command.
+func user(name, volume, mount, script string) string {
+	return fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata: {name: %s}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: %s
+    command: [sh, -c, %q]
+    volumeMounts:
+    - {name: data, mountPath: /data%s}
+  volumes:
+  - {name: data, %s}
+`, name, busybox, script, mount, volume)
+}
+
+// TestStorageLimits is upstream's LocalStorageCapacityIsolationEviction: pods
+// that take more of the node's storage than they may are evicted, others stay.
+func TestStorageLimits(t *testing.T) {
+	n := start(t)
+	const over, under = "dd if=/dev/zero of=%s/f bs=1M count=11; exec sleep 10000", "dd if=/dev/zero of=%s/f bs=1M count=9; exec sleep 10000"
+	const limit = "limits: {ephemeral-storage: 10Mi}"
+	manifest := func(name, volume, resources, script, more string) {
+		dir := "/data"
+		if volume == "" {
+			volume, dir = "emptyDir: {}", "/tmp"
+		}
+		text := user(name, volume, "", fmt.Sprintf(script, dir))
+		text = strings.Replace(text, "    volumeMounts:", "    resources: {"+resources+"}\n    volumeMounts:", 1)
+		n.Write(name+".yaml", strings.Replace(text, "spec:\n", "spec:\n"+more, 1))
+	}
+	evicted := map[string]string{
+		"volume":    `Usage of EmptyDir volume "data" exceeds the limit "10Mi". `,
+		"layer":     `Pod ephemeral local storage usage exceeds the total limit of containers 10Mi. `,
+		"container": `Container main exceeded its local ephemeral storage limit "10Mi". `,
+		"byvolume":  `Pod ephemeral local storage usage exceeds the total limit of containers 10Mi. `,
+	}
+	manifest("volume", "emptyDir: {sizeLimit: 10Mi}", "", over, "")
+	manifest("layer", "", limit, over, "")
+	manifest("byvolume", "emptyDir: {}", limit, over, "")
+	manifest("container", "", limit, over, "")
+	b, err := os.ReadFile(filepath.Join(n.Dir, "manifests", "container.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Write("container.yaml", strings.Replace(string(b), "  volumes:", "  - name: other\n    image: "+busybox+"\n    command: [sleep, \"10000\"]\n    resources: {limits: {ephemeral-storage: 1Gi}}\n  volumes:", 1))
+	manifest("memory", "emptyDir: {medium: Memory, sizeLimit: 10Mi}", "", over, "")
+	manifest("fits", "emptyDir: {sizeLimit: 10Mi}", "", under, "")
+	manifest("fitstoo", "", limit, under, "")
+	manifest("critical", "emptyDir: {sizeLimit: 10Mi}", "", over, "  priorityClassName: system-node-critical\n")
+	for name, message := range evicted {
+		p := n.WaitPod(name, "evicted", 90*second, func(p *v1.Pod) bool { return p.Status.Phase == v1.PodFailed })
+		if p.Status.Reason != "Evicted" || p.Status.Message != message {
+			t.Errorf("%s: %s: %q, want %q", name, p.Status.Reason, p.Status.Message, message)
+		}
+	}
+	events := n.OK("events")
+	for name, message := range evicted {
+		if !strings.Contains(events, "Evicted") || !strings.Contains(events, strings.TrimSpace(message)) {
+			t.Errorf("%s: no event: %s", name, events)
+		}
+	}
+	for _, name := range []string{"memory", "fits", "fitstoo", "critical"} {
+		if p := n.WaitPod(name, "running", 60*second, node.Running); status(p).RestartCount != 0 {
+			t.Errorf("%s: %+v", name, p.Status)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -31,6 +32,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/server"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 	"github.com/podd-runtime/podd/kubelet/shutdown"
+	"github.com/podd-runtime/podd/kubelet/stats"
 	"github.com/podd-runtime/podd/netns"
 	"github.com/podd-runtime/podd/systemd"
 	"github.com/podd-runtime/podd/volumes"
@@ -85,6 +87,7 @@ type agent struct {
 	health  health
 	metrics *metrics.Metrics
 	tree    *cgroups.Tree
+	stats   *stats.Provider
 	cluster *cluster // nil: none
 	undo    []func()
 }
@@ -121,7 +124,7 @@ func Run(ctx context.Context, cfg Config) error {
 		criListener.Close()
 		return fmt.Errorf("local API (--run-dir): %w", err)
 	}
-	nodeAPI, err := a.openAPI(a.tree)
+	nodeAPI, err := a.openAPI()
 	if err != nil {
 		criListener.Close()
 		localListener.Close()
@@ -281,6 +284,7 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	if cfg.Cluster != nil {
 		cfg.Volumes.Tokens = objects
 	}
+	cfg.Volumes.Measured = a.limitStorage
 	a.volumes = volumes.New(cfg.Volumes)
 	cfg.CRI.Resolve = a.volumes.Resolve
 	if a.cri, err = cri.New(cfg.CRI, a.shim, a.images, a.network); err != nil {
@@ -311,6 +315,10 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		deps.Credentials = plugins
 	}
 	a.table = pods.New(cfg.Pods, deps)
+	a.stats = stats.New(stats.Config{
+		NodeName: cfg.NodeName, RootDir: cfg.Pods.Node.RootDir, PodLogsDir: logs,
+		PodsGroup: path.Dir(tree.Path("any", v1.PodQOSGuaranteed)), Pods: livePods{a.table}, Runtime: a.cri, Volumes: a.volumes,
+	})
 	cfg.Manifests.Recorder = a.events
 	var sink manifests.Sink = a.table
 	if a.cluster != nil {
@@ -412,14 +420,6 @@ func (a *agent) refreshVolumes(ctx context.Context) error {
 		a.table.ObjectChanged(ref.Namespace, ref.Name)
 	}
 	return nil
-}
-
-func (a *agent) volumesTroubled(uid types.UID, troubles []volumes.Trouble) {
-	var words []string
-	for _, t := range troubles {
-		words = append(words, t.String())
-	}
-	a.table.VolumesTroubled(uid, words)
 }
 
 // onClose stacks the end of a part.

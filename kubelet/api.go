@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"path"
 	"strconv"
 	"time"
 
@@ -14,12 +13,10 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	kubeletv1beta1 "k8s.io/kubelet/config/v1beta1"
 
-	"github.com/podd-runtime/podd/cgroups"
 	"github.com/podd-runtime/podd/kubelet/metrics"
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/server/auth"
 	"github.com/podd-runtime/podd/kubelet/server/kubeletapi"
-	"github.com/podd-runtime/podd/kubelet/stats"
 )
 
 // APIConfig is about the kubelet's HTTP API.
@@ -58,7 +55,7 @@ type livePods struct{ *pods.Table }
 func (p livePods) List() []*v1.Pod { return p.Pods() }
 
 // openAPI takes the ports: that one of them is taken shows at the start.
-func (a *agent) openAPI(tree *cgroups.Tree) (_ *nodeAPI, err error) {
+func (a *agent) openAPI() (_ *nodeAPI, err error) {
 	cfg := a.cfg.API
 	k := cfg.Kubelet
 	if k == nil {
@@ -77,14 +74,10 @@ func (a *agent) openAPI(tree *cgroups.Tree) (_ *nodeAPI, err error) {
 		}
 	}()
 	table := livePods{a.table}
-	provider := stats.New(stats.Config{
-		NodeName: a.cfg.NodeName, RootDir: a.cfg.Pods.Node.RootDir, PodLogsDir: a.cfg.Pods.Node.PodLogsDir,
-		PodsGroup: path.Dir(tree.Path("any", v1.PodQOSGuaranteed)), Pods: table, Runtime: a.cri, Volumes: a.volumes,
-	})
 	n.server = kubeletapi.New(kubeletapi.Config{
 		Kubelet: k, Flags: cfg.Flags, Version: a.cfg.Version,
-		Pods: table, Runtime: a.cri, Stats: provider,
-		Metrics: n.metrics.Handlers(table, a.cri, provider), Observe: n.metrics.Request,
+		Pods: table, Runtime: a.cri, Stats: a.stats,
+		Metrics: n.metrics.Handlers(table, a.cri, a.stats), Observe: n.metrics.Request,
 		Checks:       []kubeletapi.Check{{Name: "syncloop", Check: a.healthy}},
 		SetVerbosity: cfg.SetVerbosity, Log: a.log.With("part", "kubelet API"),
 	})

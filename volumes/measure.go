@@ -129,20 +129,22 @@ func (v *Volumes) renew(ctx context.Context, pods []*v1.Pod) {
 	}
 }
 
-// limited says whether the usage of a pod's volumes decides about its life.
+// limited says whether a pod's use of the node's own storage decides about its
+// life. What memory volumes may hold is the kernel's business.
 func limited(pod *v1.Pod) bool {
 	for i := range pod.Spec.Volumes {
-		if e := pod.Spec.Volumes[i].EmptyDir; e != nil && e.SizeLimit != nil && e.Medium == v1.StorageMediumDefault {
+		if e := pod.Spec.Volumes[i].EmptyDir; e != nil && e.SizeLimit != nil && e.SizeLimit.Sign() > 0 && e.Medium == v1.StorageMediumDefault {
 			return true
 		}
 	}
-	has := func(l v1.ResourceList) bool { _, ok := l[v1.ResourceEphemeralStorage]; return ok }
-	for i := range pod.Spec.Containers {
-		if has(pod.Spec.Containers[i].Resources.Limits) {
-			return true
+	for _, list := range [][]v1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			if _, ok := list[i].Resources.Limits[v1.ResourceEphemeralStorage]; ok {
+				return true
+			}
 		}
 	}
-	return pod.Spec.Resources != nil && has(pod.Spec.Resources.Limits)
+	return false
 }
 
 // measure the volumes of all pods, or of those that have limits only.
@@ -164,6 +166,9 @@ func (v *Volumes) measure(ctx context.Context, pods []*v1.Pod, all bool) {
 		}
 		v.measured.stats[pod.UID] = found
 		v.measured.mu.Unlock()
+		if v.cfg.Measured != nil && limited(pod) {
+			v.cfg.Measured(ctx, pod)
+		}
 	}
 	v.measured.mu.Lock()
 	defer v.measured.mu.Unlock()
@@ -350,6 +355,14 @@ func (v *Volumes) askForeign(ctx context.Context, m *mountEntry) {
 			v.log.Warn("filesystem does not answer", "filesystem", m.String(), "error", err)
 		}
 	}
+}
+
+// isSilent says that a filesystem, by its device, did not answer last time.
+func (v *Volumes) isSilent(device string) bool {
+	v.measured.mu.Lock()
+	defer v.measured.mu.Unlock()
+	_, silent := v.measured.silent[device]
+	return silent
 }
 
 // String names the filesystem: what serves it, or where it is.

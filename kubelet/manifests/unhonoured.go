@@ -19,7 +19,6 @@ func unhonoured(pod *v1.Pod) (found []Problem) {
 		}
 	}
 	const scheduling = "no scheduler chooses a node for a static pod"
-	const storage = "podd does not measure the local storage of pods yet"
 	spec, s := field.NewPath("spec"), &pod.Spec
 	say(len(s.NodeSelector) > 0, spec.Child("nodeSelector"), scheduling)
 	say(s.Affinity != nil, spec.Child("affinity"), scheduling)
@@ -31,14 +30,7 @@ func unhonoured(pod *v1.Pod) (found []Problem) {
 		say(sc.WindowsOptions != nil, spec.Child("securityContext", "windowsOptions"), "this is Linux")
 		say(sc.SELinuxChangePolicy != nil, spec.Child("securityContext", "seLinuxChangePolicy"), "volumes are relabelled, not mounted with a label, yet")
 	}
-	for i := range s.Volumes {
-		if e := s.Volumes[i].EmptyDir; e != nil && e.SizeLimit != nil && e.Medium == v1.StorageMediumDefault {
-			say(true, spec.Child("volumes").Index(i).Child("emptyDir", "sizeLimit"), storage)
-		}
-	}
 	container := func(p *field.Path, c *v1.Container) {
-		_, limited := c.Resources.Limits[v1.ResourceEphemeralStorage]
-		say(limited, p.Child("resources", "limits").Key(string(v1.ResourceEphemeralStorage)), storage)
 		say(c.SecurityContext != nil && c.SecurityContext.WindowsOptions != nil, p.Child("securityContext", "windowsOptions"), "this is Linux")
 	}
 	for i := range s.InitContainers {

@@ -257,11 +257,11 @@ func (w *worker) compare(l *life, before *v1.Pod, lenient bool) {
 }
 
 // fail the pod for good, for a reason of the node's.
-func (w *worker) fail(l *life, reason, message string) {
+func (w *worker) fail(l *life, reason, message string, grace time.Duration) {
 	l.failed = &status.Cause{Reason: reason, Message: message}
 	l.o.Completed = true
 	w.t.admitted.leaves(l.d.Pod.UID)
-	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: reason, Message: message, Failed: true})
+	w.stop(l, Stop{Grace: grace, Reason: reason, Message: message, Failed: true})
 }
 
 // revive a pod that was down.

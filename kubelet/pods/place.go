@@ -71,7 +71,7 @@ func (w *worker) preempt(uid types.UID) {
 	for _, l := range w.lives {
 		if l.d.Pod.UID == uid && !l.leaving() && !status.Over(l.status.Phase) {
 			w.event(l, "", v1.EventTypeWarning, reason, message)
-			w.fail(l, reason, message)
+			w.fail(l, reason, message, podGrace(l.d.Pod))
 		}
 	}
 }

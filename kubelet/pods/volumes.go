@@ -7,7 +7,9 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/podd-runtime/podd/kubelet/eviction"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 func ref(pod *v1.Pod) *v1.ObjectReference { return spec.Ref(pod, "") }
@@ -59,6 +61,29 @@ func (w *worker) refreshVolumes(l *life) {
 			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
 		}
 	}()
+}
+
+// Evict a pod that takes more of the node's storage than it may: it fails, with
+// upstream's reason and status. Critical pods are left alone, as upstream does.
+func (t *Table) Evict(uid types.UID, message string) {
+	w := t.holder(uid)
+	if w == nil {
+		return
+	}
+	w.post(func() {
+		for _, l := range w.lives {
+			if l.d.Pod.UID != uid || l.leaving() || l.d.Stop != nil || status.Over(l.status.Phase) {
+				continue
+			}
+			if critical(l.d.Pod) {
+				w.log.Warn("a critical pod is not evicted", "uid", uid, "message", message)
+				continue
+			}
+			w.event(l, "", v1.EventTypeWarning, eviction.Reason, "%s", message)
+			w.log.Info("pod is evicted", "uid", uid, "message", message)
+			w.fail(l, eviction.Reason, message, eviction.Grace)
+		}
+	})
 }
 
 // VolumesTroubled tells which volumes of a pod do not answer, in words; none:

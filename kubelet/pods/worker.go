@@ -236,7 +236,7 @@ func (w *worker) order(l *life, a Action) {
 func (w *worker) expire(l *life) {
 	const message = "Pod was active on the node longer than the specified deadline"
 	w.event(l, "", v1.EventTypeNormal, "DeadlineExceeded", message)
-	w.fail(l, "DeadlineExceeded", message)
+	w.fail(l, "DeadlineExceeded", message, podGrace(l.d.Pod))
 }
 
 // event about the pod or one of its containers.

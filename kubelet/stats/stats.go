@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -19,6 +20,7 @@ import (
 	statsapi "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
 
 	"github.com/podd-runtime/podd/cri"
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
 )
 
 // Pods is the pod table. *pods.Table is it.
@@ -115,6 +117,30 @@ func (p *Provider) pods(ctx context.Context, only bool) ([]statsapi.PodStats, er
 		return cmp.Or(cmp.Compare(a.PodRef.Namespace, b.PodRef.Namespace), cmp.Compare(a.PodRef.Name, b.PodRef.Name))
 	})
 	return out, nil
+}
+
+// Storage is what a pod that runs takes of the node's own storage: the layers
+// and logs of its containers, its volumes, and the sum of those that live and
+// die with it. errdefs.ErrNotFound: it has no sandbox.
+func (p *Provider) Storage(ctx context.Context, pod *v1.Pod) (*statsapi.PodStats, error) {
+	list, err := p.cfg.Runtime.ListPodSandboxStats(ctx, &runtimeapi.ListPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{
+		LabelSelector: map[string]string{spec.LabelPodUID: string(pod.UID)},
+	}})
+	if err != nil {
+		return nil, err
+	}
+	var newest *runtimeapi.PodSandboxStats
+	for _, st := range list.GetStats() {
+		if newest == nil || st.GetAttributes().GetMetadata().GetAttempt() > newest.GetAttributes().GetMetadata().GetAttempt() {
+			newest = st
+		}
+	}
+	if newest == nil {
+		return nil, fmt.Errorf("sandbox of pod %s/%s: %w", pod.Namespace, pod.Name, errdefs.ErrNotFound)
+	}
+	ps := &statsapi.PodStats{PodRef: statsapi.PodReference{Name: pod.Name, Namespace: pod.Namespace, UID: string(pod.UID)}}
+	p.fill(ps, newest, pod, false)
+	return ps, nil
 }
 
 func (p *Provider) fill(ps *statsapi.PodStats, st *runtimeapi.PodSandboxStats, pod *v1.Pod, only bool) {

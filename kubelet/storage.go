@@ -1,0 +1,41 @@
+package kubelet
+
+import (
+	"context"
+
+	"github.com/containerd/errdefs"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podd-runtime/podd/kubelet/eviction"
+	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/status"
+	"github.com/podd-runtime/podd/volumes"
+)
+
+// limitStorage evicts a pod that takes more of the node's storage than it may.
+// In a cluster static pods stay, as upstream has it: nobody would make another
+// one. On a node of its own nothing but static pods could be limited.
+func (a *agent) limitStorage(ctx context.Context, pod *v1.Pod) {
+	if status.Over(pod.Status.Phase) || a.cluster != nil && pod.Annotations[manifests.ConfigSourceAnnotation] == manifests.SourceName {
+		return
+	}
+	used, err := a.stats.Storage(ctx, pod)
+	if err != nil {
+		if !errdefs.IsNotFound(err) && ctx.Err() == nil {
+			a.log.Debug("storage of a pod is not measured", "namespace", pod.Namespace, "pod", pod.Name, "error", err)
+		}
+		return
+	}
+	if message := eviction.Local(pod, used); message != "" {
+		a.table.Evict(pod.UID, message)
+	}
+}
+
+func (a *agent) volumesTroubled(uid types.UID, troubles []volumes.Trouble) {
+	var words []string
+	for _, t := range troubles {
+		words = append(words, t.String())
+	}
+	a.table.VolumesTroubled(uid, words)
+}
