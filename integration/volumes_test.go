@@ -2,8 +2,10 @@ package integration
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -227,4 +229,58 @@ func TestStorageLimits(t *testing.T) {
 			t.Errorf("%s: %+v", name, p.Status)
 		}
 	}
+}
+
+// TestMountPropagation is upstream's test of that name: who sees the mounts that
+// a container, and the host, make in a hostPath.
+func TestMountPropagation(t *testing.T) {
+	n := start(t)
+	host := t.TempDir()
+	if err := syscall.Mount("tmpfs", host, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(host, syscall.MNT_DETACH) })
+	if err := syscall.Mount("", host, "", syscall.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	sees := map[string]string{"master": "host master", "slave": "host master slave", "private": "private", "default": "default"}
+	propagation := map[string]string{
+		"master": ", mountPropagation: Bidirectional", "slave": ", mountPropagation: HostToContainer", "private": ", mountPropagation: None", "default": "",
+	}
+	for _, name := range append(slices.Sorted(maps.Keys(sees)), "host") {
+		if err := os.Mkdir(filepath.Join(host, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name := range sees {
+		text := user(name, "hostPath: {path: "+host+"}", propagation[name], "exec sleep 10000")
+		n.Write(name+".yaml", strings.Replace(text, "    volumeMounts:", "    securityContext: {privileged: true}\n    volumeMounts:", 1))
+	}
+	n.WaitRunning(slices.Sorted(maps.Keys(sees))...)
+	exec := func(name, cmd string) string {
+		return strings.TrimSpace(n.OK("exec", node.PodName(name), "--", "sh", "-c", cmd))
+	}
+	if err := syscall.Mount("tmpfs", host+"/host", "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(host+"/host/file", []byte("host\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name := range sees {
+		exec(name, fmt.Sprintf("mount -t tmpfs tmpfs /data/%[1]s && echo %[1]s > /data/%[1]s/file", name))
+	}
+	for name, want := range sees {
+		if got := strings.Join(strings.Fields(exec(name, "cat /data/*/file")), " "); got != want {
+			t.Errorf("%s sees %q, want %q", name, got, want)
+		}
+	}
+	found, err := filepath.Glob(host + "/*/file")
+	if err != nil || len(found) != 2 || found[1] != host+"/master/file" {
+		t.Errorf("the host sees %v, %v", found, err)
+	}
+	// What a container mounted for all is gone with the test's own mount only.
+	if err := syscall.Unmount(host+"/master", syscall.MNT_DETACH); err != nil {
+		t.Error(err)
+	}
+	syscall.Unmount(host+"/host", syscall.MNT_DETACH)
 }
