@@ -213,14 +213,19 @@ type helperError struct {
 func (e helperError) Error() string { return e.message }
 func (e helperError) Unwrap() error { return e.sentinel }
 
-// unmountForeign takes a foreign mount away: politely, by force, lazily; lazily
-// at once when the others were tried before.
+// unmountForeign takes a foreign mount away: politely, by force, lazily. It
+// begins with force where the filesystem is known not to answer, and lazily when
+// the others were tried before.
 func (v *Volumes) unmountForeign(ctx context.Context, m mountEntry, lazily bool) error {
+	ways := []int{0, unix.MNT_FORCE, unix.MNT_FORCE | unix.MNT_DETACH}
+	switch {
+	case lazily:
+		ways = ways[2:]
+	case v.isSilent(m.device):
+		ways = ways[1:]
+	}
 	var errs []error
-	for _, flags := range []int{0, unix.MNT_FORCE, unix.MNT_FORCE | unix.MNT_DETACH} {
-		if lazily && flags&unix.MNT_DETACH == 0 {
-			continue
-		}
+	for _, flags := range ways {
 		err := v.helper(ctx, unmountTimeout, request{Op: opUnmount, Path: m.point, Flags: flags | unix.UMOUNT_NOFOLLOW})
 		if err == nil {
 			return nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -334,7 +335,7 @@ func (v *Volumes) askForeign(ctx context.Context, m *mountEntry) {
 		return
 	}
 	begun := time.Now()
-	res, err := v.run(ctx, foreignPatience, request{Op: opStatfs, Path: m.point}, func() {
+	res, err := v.run(ctx, v.patience, request{Op: opStatfs, Path: m.point}, func() {
 		ms.mu.Lock()
 		defer ms.mu.Unlock()
 		delete(ms.asking, m.device)
@@ -365,10 +366,13 @@ func (v *Volumes) isSilent(device string) bool {
 	return silent
 }
 
-// String names the filesystem: what serves it, or where it is.
+// String names the filesystem: server and path, or what it is and where.
 func (m *mountEntry) String() string {
+	if strings.Contains(m.source, ":/") || strings.HasPrefix(m.source, "//") {
+		return m.fstype + " " + m.source
+	}
 	if m.source == "" || m.source == "none" || m.fstype == m.source {
 		return m.fstype + " on " + m.point
 	}
-	return m.fstype + " " + m.source
+	return m.fstype + " " + m.source + " on " + m.point
 }

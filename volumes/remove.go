@@ -128,6 +128,37 @@ func (v *Volumes) Teardown(ctx context.Context, uid types.UID) error {
 	return nil
 }
 
+// Abort ends what waits for filesystems that do not answer among a pod's own
+// mounts: processes that were killed and still wait for one can end then. What
+// they had not written yet is lost, and so it is for other pods that have the
+// same export mounted: for the last resort alone. The mounts stay.
+func (v *Volumes) Abort(ctx context.Context, uid types.UID) error {
+	if err := checkUID(uid); err != nil {
+		return err
+	}
+	real, err := filepath.EvalSymlinks(filepath.Join(v.cfg.RootDir, "pods"))
+	if err != nil {
+		return err
+	}
+	table, err := readMounts()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, m := range table.below(filepath.Join(real, string(uid))) {
+		if !foreignType(m.fstype) || !v.isSilent(m.device) {
+			continue
+		}
+		v.log.Warn("what waits for a filesystem that does not answer is ended", "uid", uid, "filesystem", m.String())
+		// Without MNT_DETACH a mount in use stays: it is busy.
+		err := v.helper(ctx, unmountTimeout, request{Op: opUnmount, Path: m.point, Flags: unix.MNT_FORCE | unix.UMOUNT_NOFOLLOW})
+		if err != nil && !errdefs.IsFailedPrecondition(err) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // maxPasses bounds how often the mount table is read: stacked mounts show up
 // one after the other.
 const maxPasses = 8
@@ -202,7 +233,11 @@ func unmountPoint(fd int, rel string, flags int) error {
 		parent = p
 	}
 	if err := unix.Unmount("/proc/self/fd/"+strconv.Itoa(parent)+"/"+name, flags); err != nil {
-		return &os.PathError{Op: "unmount", Path: rel, Err: err}
+		err = &os.PathError{Op: "unmount", Path: rel, Err: err}
+		if errors.Is(err, unix.EBUSY) {
+			err = errors.Join(err, errdefs.ErrFailedPrecondition)
+		}
+		return err
 	}
 	return nil
 }

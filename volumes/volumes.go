@@ -92,6 +92,7 @@ type Volumes struct {
 
 	tokens   tokens
 	measured measured
+	patience time.Duration // with foreign filesystems that are asked whether they answer
 
 	noswap sync.Once // whether tmpfs knows noswap is found out once
 	noSwap bool
@@ -110,7 +111,7 @@ func New(cfg Config) *Volumes {
 	if cfg.Helper == "" {
 		cfg.Helper = "/proc/self/exe"
 	}
-	return &Volumes{cfg: cfg, log: cfg.Log, locks: map[types.UID]*podLock{}}
+	return &Volumes{cfg: cfg, log: cfg.Log, locks: map[types.UID]*podLock{}, patience: foreignPatience}
 }
 
 // lock makes the calls for one pod follow each other.

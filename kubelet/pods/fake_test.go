@@ -508,6 +508,7 @@ func (v *fakeVolumes) Setup(ctx context.Context, pod *v1.Pod) error {
 func (v *fakeVolumes) Mounts(context.Context, *v1.Pod, *v1.Container, func(string) string) ([]*runtimeapi.Mount, func(), error) {
 	return nil, nil, nil
 }
+func (v *fakeVolumes) Abort(context.Context, types.UID) error { return nil }
 func (v *fakeVolumes) Refresh(context.Context, *v1.Pod) error { return nil }
 
 func (v *fakeVolumes) Teardown(ctx context.Context, uid types.UID) error {

@@ -37,6 +37,8 @@ const (
 	Cancel
 	// Resize gives the pod's group and its containers their resources.
 	Resize
+	// Abort ends what waits for volumes that do not answer.
+	Abort
 	// Complete: all that the pod had to do is done.
 	Complete
 	// Expire: the pod is past its activeDeadlineSeconds.
@@ -70,6 +72,8 @@ func (a Action) key() string {
 		return "setup"
 	case Teardown:
 		return "teardown"
+	case Abort:
+		return "abort"
 	case RunSandbox:
 		return "sandbox"
 	case Resize:
@@ -202,12 +206,29 @@ func (p *planner) kill(c *status.Container, spec *v1.Container, grace time.Durat
 	}
 	left := max(deadline.Sub(p.now), p.pol.MinGrace)
 	a := Action{Kind: StopContainer, ID: c.ID, Container: c.Name, Grace: left}
-	if until, busy := p.o.Busy[a.key()]; busy && p.now.Add(left).Before(until.Add(-time.Second)) {
+	until, busy := p.o.Busy[a.key()]
+	if busy && p.now.Add(left).Before(until.Add(-time.Second)) {
 		// A shorter grace period has come in since.
 		p.cancel(a)
 		return
 	}
+	if busy {
+		p.unstick(until.Add(stuckAfter))
+	}
 	p.do(a)
+}
+
+// stuckAfter is how long after SIGKILL a container that has not ended is taken
+// to wait in the kernel for a filesystem.
+const stuckAfter = 10 * time.Second
+
+// unstick a container that SIGKILL has not ended.
+func (p *planner) unstick(since time.Time) {
+	if p.now.Before(since) {
+		p.wake(since)
+		return
+	}
+	p.do(Action{Kind: Abort})
 }
 
 func hooked(c *v1.Container) bool {

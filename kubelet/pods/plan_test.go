@@ -62,7 +62,7 @@ func kinds() map[Kind]string {
 		Observe: "observe", EnsureCgroup: "cgroup", SetupVolumes: "volumes", RunSandbox: "sandbox", EnsureImage: "image",
 		Start: "start", PostStart: "post", Order: "order", Hook: "hook", StopContainer: "stop", RemoveContainer: "remove",
 		StopSandbox: "stopsandbox", RemoveSandbox: "removesandbox", Teardown: "teardown", RemoveCgroup: "rmcgroup",
-		Resize: "resize", Cancel: "cancel", Complete: "complete", Expire: "expire", Forget: "forget",
+		Resize: "resize", Abort: "abort", Cancel: "cancel", Complete: "complete", Expire: "expire", Forget: "forget",
 	}
 }
 
@@ -437,6 +437,12 @@ func TestPlanStop(t *testing.T) {
 		{name: "no hook without grace", d: stop(0, true), mods: mods(hooks), o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0}} }), want: "stop a0 2s"},
 		{name: "a shorter grace period comes in", d: stop(5*time.Second, true), o: up().with(running("a")).set(kill("a0")), want: "order a0 5s"},
 		{name: "and cuts a stop short", d: stop(5*time.Second, true), o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second}} }).busy("stop/a0"), want: "cancel stop/a0"},
+		{name: "one that SIGKILL does not end is looked at", d: stop(0, true), at: 11 * time.Second, o: up().with(running("a")).set(func(o *Observed) {
+			o.Kills, o.Busy = map[string]Kill{"a0": {Since: t0}}, map[string]time.Time{"stop/a0": t0.Add(2 * time.Second)}
+		}), want: " | wake 12s"},
+		{name: "its volumes give it up", d: stop(0, true), at: 12 * time.Second, o: up().with(running("a")).set(func(o *Observed) {
+			o.Kills, o.Busy = map[string]Kill{"a0": {Since: t0}}, map[string]time.Time{"stop/a0": t0.Add(2 * time.Second)}
+		}), want: "abort"},
 		{name: "sidecars wait for the regular ones", d: g30, mods: mods(withInit("side", "side2")), o: up().with(running("a"), running("side"), running("side2")).set(kill("a0", "side0", "side20")), want: "stop a0 30s | wake 30s"},
 		{name: "the last sidecar goes first", d: g30, mods: mods(withInit("side", "side2")), o: up().with(exited("a", 0), running("side"), running("side2")).set(kill("side0", "side20")), want: "stop side20 30s | wake 30s"},
 		{name: "nobody waits longer than the grace period", d: g30, at: 30 * time.Second, mods: mods(withInit("side", "side2")), o: up().with(running("a"), running("side"), running("side2")).set(kill("a0", "side0", "side20")), want: "stop a0 2s, stop side0 2s, stop side20 2s"},

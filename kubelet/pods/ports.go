@@ -64,6 +64,8 @@ type Volumes interface {
 	Mounts(ctx context.Context, pod *v1.Pod, c *v1.Container, env func(string) string) ([]*runtimeapi.Mount, func(), error)
 	Refresh(ctx context.Context, pod *v1.Pod) error
 	Teardown(ctx context.Context, uid types.UID) error
+	// Abort ends what waits for filesystems of the pod that do not answer.
+	Abort(ctx context.Context, uid types.UID) error
 	Pods() ([]types.UID, error)
 }
 

@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"slices"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -41,6 +42,19 @@ func (w *worker) teardownVolumes(l *life) {
 		}
 		w.t.userns.release(pod.UID)
 		return func() { l.o.Volumes = StepAbsent }, nil
+	})
+}
+
+// abortVolumes ends what waits for volumes that do not answer; again after a
+// while, should it not have been enough.
+func (w *worker) abortVolumes(l *life) {
+	uid := l.d.Pod.UID
+	a := Action{Kind: Abort}
+	w.async(l, a, w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
+		if err := w.t.deps.Volumes.Abort(ctx, uid); err != nil {
+			return nil, err
+		}
+		return func() { l.o.Retry[a.key()] = time.Now().Add(stuckAfter) }, nil
 	})
 }
 

@@ -208,6 +208,8 @@ func (w *worker) do(l *life, a Action) bool {
 		w.cancel(l, a.Key)
 	case Resize:
 		w.runResize(l)
+	case Abort:
+		w.abortVolumes(l)
 	case Complete:
 		l.o.Completed = true
 		w.t.admitted.leaves(l.d.Pod.UID)
