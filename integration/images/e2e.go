@@ -32,7 +32,7 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 
 	tools := tree{}
 	d := newDebian(ctx, b.Dir)
-	for program, pkg := range map[string]string{"/usr/bin/curl": "curl", "/bin/nc.openbsd": "netcat-openbsd", "/bin/bash": "bash", "/bin/ip": "iproute2", "/usr/bin/dig": "bind9-dnsutils"} {
+	for program, pkg := range map[string]string{"/usr/bin/curl": "curl", "/bin/nc.openbsd": "netcat-openbsd", "/bin/bash": "bash", "/bin/ip": "iproute2"} {
 		if err := tools.program(d, program, program, pkg); err != nil {
 			return nil, err
 		}
