@@ -54,6 +54,12 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 	env := []string{defaultPath}
 	img, e := image(v1.Config{Env: env, Entrypoint: []string{"/agnhost"}, Cmd: []string{"pause"}}, root, tools)
 	add(img, e, "e2e-test-images/agnhost:2.63.0", "e2e-test-images/agnhost:2.55")
+	names := tree{} // a hostname that asks glibc's resolver
+	if err := names.program(d, "/usr/local/bin/hostname", "/bin/hostname", "hostname"); err != nil {
+		return nil, err
+	}
+	img, e = image(v1.Config{Env: env, Cmd: []string{"bash"}}, root, tools, names)
+	add(img, e, "e2e-test-images/glibc-dns-testing:2.0.0")
 	img, e = image(v1.Config{Env: env, Cmd: []string{"sh"}}, root)
 	add(img, e, "e2e-test-images/busybox:1.37.0-1", "e2e-test-images/busybox:1.36.1-1")
 	img, e = image(v1.Config{Env: env, Cmd: []string{"sh"}, User: "1234"}, root)
