@@ -79,7 +79,7 @@ func failures(t *testing.T, n *node.Node) []failure {
 		{name: "nosecretkey", want: []string{"the Secret creds has no key password"}, manifest: "apiVersion: v1\nkind: Secret\nmetadata: {name: creds}\nstringData: {user: x}\n---\n" +
 			with(pod("nosecretkey", "", "pause"), "env: [{name: A, valueFrom: {secretKeyRef: {name: creds, key: password}}}]")},
 		{name: "novolume", want: []string{"Volume conf is not ready: the ConfigMap absent is not there"}, manifest: with(pod("novolume", "volumes: [{name: conf, configMap: {name: absent}}]", "pause"), "volumeMounts: [{name: conf, mountPath: /conf}]")},
-		{name: "nopath", want: []string{"Volume data is not ready: hostPath /nothing/here does not exist"}, manifest: with(pod("nopath", "volumes: [{name: data, hostPath: {path: /nothing/here, type: Directory}}]", "pause"), "volumeMounts: [{name: data, mountPath: /data}]")},
+		{name: "nopath", want: []string{"Volume data is not ready: hostPath type check failed: /nothing/here is not a directory: it does not exist"}, manifest: with(pod("nopath", "volumes: [{name: data, hostPath: {path: /nothing/here, type: Directory}}]", "pause"), "volumeMounts: [{name: data, mountPath: /data}]")},
 		{name: "noserver", manifest: with(pod("noserver", "volumes: [{name: share, nfs: {server: 127.0.0.1, path: /export}}]", "pause"), "volumeMounts: [{name: share, mountPath: /share}]")},
 		{name: "noprogram", want: []string{"has no program /opt/app/server"}, manifest: with(pod("noprogram", ""), "command: [/opt/app/server]")},
 		{name: "noexec", want: []string{"its program /etc/hosts may not be executed"}, manifest: with(pod("noexec", ""), "command: [/etc/hosts]")},
