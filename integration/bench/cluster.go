@@ -189,11 +189,14 @@ func (c *clusterBench) burst(ctx context.Context, prefix string, n int) ([]time.
 	}); err != nil {
 		return nil, err
 	}
-	w, err := c.client.CoreV1().Pods(benchNamespace).Watch(ctx, metav1.ListOptions{LabelSelector: "burst=" + prefix})
+	// Without a version a watch begins with all that is there.
+	begin := func() (watch.Interface, error) {
+		return c.client.CoreV1().Pods(benchNamespace).Watch(ctx, metav1.ListOptions{LabelSelector: "burst=" + prefix})
+	}
+	w, err := begin()
 	if err != nil {
 		return nil, err
 	}
-	defer w.Stop()
 	out := dir(c.o, "out-cluster-"+c.member.name)
 	errs := make(chan error, n)
 	var creating sync.WaitGroup
@@ -203,7 +206,7 @@ func (c *clusterBench) burst(ctx context.Context, prefix string, n int) ([]time.
 			errs <- err
 		})
 	}
-	waits, err := readiness(ctx, w, n)
+	waits, err := readiness(ctx, w, begin, n)
 	creating.Wait()
 	close(errs)
 	for e := range errs {
@@ -230,14 +233,21 @@ func (c *clusterBench) pod(prefix string, i int, out string) *v1.Pod {
 	}
 }
 
-// readiness of n pods that a watch shows.
-func readiness(ctx context.Context, w watch.Interface, n int) ([]time.Duration, error) {
+// readiness of n pods that a watch shows; begin makes another one when the
+// apiserver has ended it, as it does where it is short of CPU.
+func readiness(ctx context.Context, w watch.Interface, begin func() (watch.Interface, error), n int) ([]time.Duration, error) {
+	defer func() { w.Stop() }()
 	bound, waits := map[string]time.Time{}, map[string]time.Duration{}
 	for len(waits) < n {
 		select {
 		case ev, ok := <-w.ResultChan():
 			if !ok {
-				return nil, errors.New("the watch of the pods has ended")
+				next, err := begin()
+				if err != nil {
+					return nil, err
+				}
+				w = next
+				continue
 			}
 			pod, ok := ev.Object.(*v1.Pod)
 			if !ok || pod.Spec.NodeName == "" {

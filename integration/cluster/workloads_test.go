@@ -188,7 +188,7 @@ spec:
 // TestWorkloads are the other controllers' pods.
 func TestWorkloads(t *testing.T) {
 	long(t)
-	n := join(t, "workloads")
+	n := join(t, "workloads", "--cluster-domain", "cluster.local")
 	s := enter(t, "workloads")
 	t.Run("ReplicationController", func(t *testing.T) { s := *s; s.TB = t; testReplicationController(&s) })
 	t.Run("DaemonSet", func(t *testing.T) { s := *s; s.TB = t; testDaemonSet(&s) })
@@ -302,7 +302,7 @@ spec:
 	if got := s.kubectl("exec", "store-1", "--", "cat", "/data/starts"); got != "store-1\n" {
 		s.Errorf("the volume of store-1 holds %q", got)
 	}
-	if got := s.kubectl("exec", "store-1", "--", "hostname", "-f"); got != "store-1.store."+s.name+".svc.cluster.local\n" && got != "store-1\n" {
+	if got := s.kubectl("exec", "store-1", "--", "hostname", "-f"); got != "store-1.store."+s.name+".svc.cluster.local\n" {
 		s.Errorf("hostname -f: %q", got)
 	}
 	s.kubectl("delete", "statefulset", "store")
@@ -397,7 +397,7 @@ func TestConfigMapUpdate(t *testing.T) {
 	})
 	s.kubectl("create", "configmap", "later", "--from-literal=WORD=there")
 	s.awaitReady("late")
-	if got := s.kubectl("exec", "late", "--", "printenv", "WORD"); got != "there\n" {
+	if got := s.kubectl("exec", "late", "--", "sh", "-c", "echo $WORD"); got != "there\n" {
 		t.Errorf("WORD=%q", got)
 	}
 }
