@@ -1,5 +1,7 @@
 // Command images writes the test images as tars, for a machine that can neither
 // compile nor download: images CACHE DIR NAME…
+// The name critest means all that critest wants, as an OCI layout, beside which
+// the file critest.pinned holds the digest to compile into critest.
 package main
 
 import (
@@ -32,6 +34,12 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	for _, name := range args[2:] {
+		if name == "critest" {
+			if err := critest(ctx, b, args[1]); err != nil {
+				return fmt.Errorf("critest: %w", err)
+			}
+			continue
+		}
 		from, ok := build[name]
 		if !ok {
 			return fmt.Errorf("%s: no such image", name)
@@ -45,4 +53,19 @@ func run(ctx context.Context, args []string) error {
 		}
 	}
 	return nil
+}
+
+func critest(ctx context.Context, b *images.Builder, dir string) error {
+	all, err := b.Critest(ctx)
+	if err != nil {
+		return err
+	}
+	digest, err := all[images.CritestPinned].Digest()
+	if err != nil {
+		return err
+	}
+	if err := images.WriteLayout(filepath.Join(dir, "critest"), all); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "critest.pinned"), []byte(digest.String()), 0o644)
 }
