@@ -69,11 +69,11 @@ integration: test-deps ## Run the integration tests only (as root)
 soak: test-deps build ## 200 pods for ten minutes, podd killed every 20 s: nothing may start twice or be left (as root)
 	@PODD_TEST_SOAK=10m $(GO) test -count=1 -timeout 40m -run '^TestSoak$$' -v ./integration
 
-node-test: test-deps build deb ## Run the short suite on a stock Debian 12 machine in QEMU: systemd, cgroup v2, AppArmor (as root)
+node-test: test-deps ## Run the short suite on a stock Debian 12 machine in QEMU: systemd, cgroup v2, AppArmor (as root)
 	@GO='$(GO)' .ci/tests node
 
-node-shell: test-deps build deb ## A root shell on that machine, with bin/ and examples/ in /payload/src
-	@GO='$(GO)' integration/vm/payload .cache/vm/payload
+node-shell: test-deps build ## A root shell on that machine, with the package in /payload
+	@GO='$(GO)' integration/vm/payload .cache/vm/payload integration/service
 	@$(GO) build -o $(BIN)/vm ./integration/vm && $(BIN)/vm shell .cache/vm/payload
 
 critest: test-deps ## Run upstream's validation suite of the CRI against bin/podd only (as root)

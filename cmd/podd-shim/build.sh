@@ -3,7 +3,7 @@
 #
 # Needs go, a C compiler and libseccomp's static library (Debian:
 # libseccomp-dev). pause and enter are compiled first, because podd-shim
-# embeds them.
+# embeds them. $EXTRA_LDFLAGS are added.
 set -eu
 out=${1:?usage: build.sh OUTPUT}
 case $out in /*) ;; *) out=$PWD/$out ;; esac
@@ -25,5 +25,5 @@ done
 rm -f "$tmp" # exec below leaves no trap
 
 CGO_ENABLED=1 CC=$CC exec go build -trimpath -tags "seccomp,netgo,osusergo,runc_nocriu" \
-	-ldflags "-s -w -linkmode external -extldflags '-static'" \
+	-ldflags "-s -w -linkmode external -extldflags '-static' ${EXTRA_LDFLAGS:-}" \
 	-o "$out" ./cmd/podd-shim

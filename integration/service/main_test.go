@@ -64,25 +64,21 @@ func try(line string) (string, error) {
 func installed(t *testing.T) {
 	t.Helper()
 	disposable(t)
-	if _, err := try("systemctl is-active podd"); err == nil {
-		return
-	}
-	install(t)
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := try("systemctl status --no-pager -n 60 podd podd-shim")
 			t.Log(out)
 		}
 	})
-	sh(t, "systemctl start podd")
-	sh(t, "podd load /payload/images/testserver.tar")
-	sh(t, "podd load /payload/images/busybox.tar")
-}
-
-// install installs the package.
-func install(t *testing.T) {
-	t.Helper()
-	sh(t, "dpkg -i /payload/podd.deb")
+	if _, err := try("systemctl is-active podd"); err != nil {
+		sh(t, "dpkg --force-unsafe-io -i /payload/podd.deb")
+	}
+	have := sh(t, "podd images")
+	for _, name := range []string{"testserver", "busybox"} {
+		if !strings.Contains(have, "podd.test/"+name) {
+			sh(t, "podd load /payload/images/"+name+".tar")
+		}
+	}
 }
 
 var local = &http.Client{Transport: &http.Transport{
@@ -92,21 +88,32 @@ var local = &http.Client{Transport: &http.Transport{
 	DisableKeepAlives: true,
 }}
 
-// pods by the names in their manifests; nil while podd does not answer.
-func pods() map[string]*v1.Pod {
+// read asks podd; false while it does not answer.
+func read(path string, into any) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), node.Scale(10*second))
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podd/api/v1/pods", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podd"+path, nil)
 	if err != nil {
-		return nil
+		return false
 	}
 	resp, err := local.Do(req)
 	if err != nil {
-		return nil
+		return false
 	}
 	defer resp.Body.Close()
+	return resp.StatusCode == http.StatusOK && json.NewDecoder(resp.Body).Decode(into) == nil
+}
+
+// versions of podd and podd-shim that run; of neither while podd does not answer.
+func versions() (v api.Versions) {
+	read(api.Prefix+"/version", &v)
+	return v
+}
+
+// pods by the names in their manifests; nil while podd does not answer.
+func pods() map[string]*v1.Pod {
 	var list v1.PodList
-	if json.NewDecoder(resp.Body).Decode(&list) != nil {
+	if !read("/api/v1/pods", &list) {
 		return nil
 	}
 	found := map[string]*v1.Pod{}

@@ -2,7 +2,8 @@
 // PID 1, cgroup v2, AppArmor, kernel 6.1, all capabilities. Software emulation:
 // no /dev/kvm is needed, everything takes about ten times as long.
 //
-//	vm build                    makes the machine's disk, once for each recipe; run as root
+//	vm build                    makes the machine's disk, once for each recipe; run as root:
+//	                            in podd/vm of the user's cache directory, for all checkouts
 //	vm test PAYLOAD [RESULTS]   boots it, runs PAYLOAD/run as root with PAYLOAD as
 //	                            /payload, and exits with its status
 //	vm shell [PAYLOAD]          boots it with a root shell on this terminal
@@ -52,14 +53,16 @@ const (
 
 type machine struct {
 	recipe string // directory of this command
-	cache  string
-	memory int // MiB
+	cache  string // of this checkout
+	built  string // of machines, for all checkouts
+	memory int    // MiB
 }
 
 func main() {
 	var m machine
 	flag.StringVar(&m.recipe, "recipe", "integration/vm", "directory of the machine's recipe")
-	flag.StringVar(&m.cache, "cache", ".cache/vm", "directory that keeps the machine's disk")
+	flag.StringVar(&m.cache, "cache", ".cache/vm", "directory of what a run makes and brings back")
+	flag.StringVar(&m.built, "machines", machines(), "directory that keeps machines' disks")
 	flag.IntVar(&m.memory, "memory", 4096, "the machine's memory in MiB")
 	deadline := flag.Duration("deadline", 30*time.Minute, "ends a test that takes longer")
 	flag.Parse()
@@ -94,6 +97,15 @@ func main() {
 	os.Exit(status)
 }
 
+// machines is where machines are kept unless it is said: a machine depends on its
+// recipe alone, so a new checkout need not build it again.
+func machines() string {
+	if dir, err := os.UserCacheDir(); err == nil {
+		return filepath.Join(dir, "podd", "vm")
+	}
+	return ".cache/vm/machines"
+}
+
 // unavailableError says why there can be no test machine on this one.
 type unavailableError struct{ error }
 
@@ -118,11 +130,11 @@ func (m machine) build(ctx context.Context) (string, error) {
 	if err := run(ctx, io.Discard, "qemu-system-x86_64", "--version"); err != nil {
 		return "", unavailableError{fmt.Errorf("QEMU does not start: %w", err)}
 	}
-	if err := os.MkdirAll(m.cache, 0o755); err != nil {
+	if err := errors.Join(os.MkdirAll(m.cache, 0o755), os.MkdirAll(m.built, 0o755)); err != nil {
 		return "", err
 	}
 	// Two that want the same machine make it once.
-	lock, err := os.OpenFile(filepath.Join(m.cache, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	lock, err := os.OpenFile(filepath.Join(m.built, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		return "", err
 	}
@@ -130,9 +142,13 @@ func (m machine) build(ctx context.Context) (string, error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return "", err
 	}
-	dir := filepath.Join(m.cache, hex.EncodeToString(h.Sum(nil))[:16])
-	if _, err := os.Stat(filepath.Join(dir, "disk.img")); err == nil {
+	dir := filepath.Join(m.built, hex.EncodeToString(h.Sum(nil))[:16])
+	now := time.Now()
+	if err := os.Chtimes(dir, now, now); err == nil {
 		return dir, nil
+	}
+	if err := m.removeUnused(now.Add(-unused)); err != nil {
+		return "", err
 	}
 	fmt.Fprintln(os.Stderr, "==> build the test machine (once, about two minutes)")
 	begin := time.Now()
@@ -153,6 +169,25 @@ func (m machine) build(ctx context.Context) (string, error) {
 	}
 	fmt.Fprintf(os.Stderr, "==> built in %.0f s\n", time.Since(begin).Seconds())
 	return dir, os.Rename(tmp, dir)
+}
+
+// unused machines of other recipes are removed after that long: each takes a
+// gigabyte.
+const unused = 14 * 24 * time.Hour
+
+func (m machine) removeUnused(before time.Time) error {
+	entries, err := os.ReadDir(m.built)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if fi, err := e.Info(); err == nil && e.IsDir() && fi.ModTime().Before(before) {
+			if err := os.RemoveAll(filepath.Join(m.built, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // run runs a program to its end, or ctx's.
@@ -214,7 +249,7 @@ func (m machine) disks(ctx context.Context, base, payload string) (d disks, err 
 // the overlay's own tables in QEMU, and lose what the guest had synced.
 func (m machine) qemu(ctx context.Context, base string, d disks, cmdline string, args ...string) *exec.Cmd {
 	// On a busy host a boot takes minutes: no time-out of systemd's own ends it.
-	cmdline += " systemd.default_device_timeout_sec=1200 systemd.default_timeout_start_sec=1200"
+	cmdline += " systemd.default_timeout_start_sec=1200"
 	args = append([]string{
 		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max", "-m", strconv.Itoa(m.memory), "-smp", "2",
 		"-display", "none", "-no-reboot", "-nic", "none",

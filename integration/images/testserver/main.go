@@ -10,6 +10,8 @@
 //	testserver write FILE TEXT       writes a file and does nothing until SIGTERM
 //	testserver stubborn              ignores SIGTERM
 //	testserver counted DIR COMMAND…  notes its start in DIR, then does COMMAND
+//	testserver note FILE TEXT [FOR]  adds "TEXT begins" to FILE, and FOR later "TEXT ends"
+//	testserver noted FILE TEXT       adds "TEXT begins", and at SIGTERM "TEXT ends"
 //
 // HTTP: /healthz, /env, /hostname, /pid, /file?path=, /get?url=, /exit?code=,
 // /write?path=&text=
@@ -123,6 +125,14 @@ func run(args []string) error {
 		}
 		defer unlock()
 		return run(args[2:])
+	case "note":
+		length, err := time.ParseDuration(arg(args, 3, "0s"))
+		if err != nil {
+			return err
+		}
+		return note(arg(args, 1, ""), arg(args, 2, ""), func() { time.Sleep(length) })
+	case "noted":
+		return note(arg(args, 1, ""), arg(args, 2, ""), untilTerm)
 	case "env":
 		fmt.Println(strings.Join(os.Environ(), "\n"))
 	case "write":
@@ -136,20 +146,30 @@ func run(args []string) error {
 	return nil
 }
 
+// note adds a line to file, does what is between, and adds another.
+func note(file, text string, between func()) error {
+	if err := appendLine(file, text+" begins"); err != nil {
+		return err
+	}
+	between()
+	return appendLine(file, text+" ends")
+}
+
+func appendLine(file, text string) error {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text + "\n") // one write a line: whole lines only
+	return errors.Join(err, f.Close())
+}
+
 // count notes one start in dir: a line in a file named by $POD_UID. Whoever
 // finds $POD_NAME's lock held runs beside another of its name, and says so in
 // the file "double". The lock lives as long as this process.
 func count(dir string) (unlock func() error, err error) {
 	uid, name := os.Getenv("POD_UID"), os.Getenv("POD_NAME")
-	note := func(file, text string) error {
-		f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
-		if err != nil {
-			return err
-		}
-		_, err = f.WriteString(text + "\n") // one write a line: whole lines only
-		return errors.Join(err, f.Close())
-	}
-	if err := note("start."+uid, name+" "+os.Getenv("VERSION")+" "+time.Now().Format(time.RFC3339Nano)); err != nil {
+	if err := appendLine(filepath.Join(dir, "start."+uid), name+" "+os.Getenv("VERSION")+" "+time.Now().Format(time.RFC3339Nano)); err != nil {
 		return nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, "lock."+name), os.O_RDWR|os.O_CREATE, 0o644)
@@ -157,7 +177,7 @@ func count(dir string) (unlock func() error, err error) {
 		return nil, err
 	}
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		if err := note("double", name+" "+uid+" "+os.Getenv("VERSION")); err != nil {
+		if err := appendLine(filepath.Join(dir, "double"), name+" "+uid+" "+os.Getenv("VERSION")); err != nil {
 			return nil, err
 		}
 	}
