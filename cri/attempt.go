@@ -59,9 +59,23 @@ func (s *attempts) do(ctx context.Context, name string, fn func(context.Context,
 			}
 			return a.id, a.err
 		case <-ctx.Done():
-			s.leave(a)
+			if s.leave(a) {
+				a.awaitUndo()
+			}
 			return "", a.wrap(context.Cause(ctx))
 		}
+	}
+}
+
+// undoPatience is how long the last one who waited is kept until what there was
+// has been undone: who then takes away what it stood on, a pod's cgroup for
+// one, finds nothing in it any more. Clients give a call up after 5 s and more.
+const undoPatience = 3 * time.Second
+
+func (a *attempt) awaitUndo() {
+	select {
+	case <-a.done:
+	case <-time.After(undoPatience):
 	}
 }
 
@@ -102,22 +116,24 @@ func (s *attempts) run(ctx context.Context, a *attempt, fn func(context.Context,
 	close(a.done)
 }
 
-func (s *attempts) leave(a *attempt) {
+// leave says whether the attempt has been cancelled, for lack of waiters.
+func (s *attempts) leave(a *attempt) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	select {
 	case <-a.done:
-		return
+		return false
 	default:
 	}
 	if a.dropped {
-		return
+		return true
 	}
 	a.waiters--
 	if a.waiters == 0 {
 		a.dropped = true
 		a.cancel()
 	}
+	return a.dropped
 }
 
 // wait blocks until all attempts have ended; for a clean stop.

@@ -334,15 +334,21 @@ func (s *Service) apply(ctx context.Context, e shim.Event) {
 			exit = &shim.Exit{Code: exitUnknown, At: e.At}
 		}
 		c.mu.Lock()
-		starting := c.starting
+		starting, created := c.starting, c.state == runtimeapi.ContainerState_CONTAINER_CREATED
 		c.mu.Unlock()
-		if starting {
+		switch {
+		case starting:
 			// Create or Start of the shim has not answered yet, and whether
 			// the payload ever ran is theirs to say.
 			p, err := s.procs.State(ctx, c.id)
 			if err != nil || p.StartedAt.IsZero() {
 				return
 			}
+		case created:
+			// A start would have been told before: this is the init of one that
+			// a killed podd had begun and the sweep took back. It never ran, and
+			// can still be started.
+			return
 		}
 		s.markExited(c, exit, e.PID)
 	}

@@ -434,6 +434,10 @@ func (s *Server) start(ctx context.Context, id string) (*shim.Process, error) {
 
 const execFifo = "exec.fifo" // libcontainer's
 
+// releaseGrace is how much longer than its caller a start waits for init, which
+// has nothing left to do but to answer; one that is frozen does not.
+const releaseGrace = 5 * time.Second
+
 // release opens the fifo that init blocks on and waits for its sign of life.
 func (c *container) release(ctx context.Context) error {
 	path := filepath.Join(c.s.path("lc"), c.rec.Process.ID, execFifo)
@@ -455,6 +459,7 @@ func (c *container) release(ctx context.Context) error {
 		return fmt.Errorf("init has ended before it was started: %w", errdefs.ErrFailedPrecondition)
 	}
 	defer unix.Close(pidfd)
+	var left time.Time // when the caller was seen to be gone
 	for {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(pidfd), Events: unix.POLLIN}}
 		ready, err := unix.Poll(fds, 100)
@@ -472,7 +477,14 @@ func (c *container) release(ctx context.Context) error {
 			break // a shim before us has taken its sign of life, and died
 		}
 		if ctx.Err() != nil {
-			return ctx.Err()
+			// That does not take the start back: init is about to answer, and
+			// whoever comes next wants to know that it runs.
+			if left.IsZero() {
+				left = time.Now()
+			}
+			if time.Since(left) > releaseGrace {
+				return ctx.Err()
+			}
 		}
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {

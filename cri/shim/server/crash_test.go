@@ -398,6 +398,62 @@ func TestKillDuringStarts(t *testing.T) {
 	}
 }
 
+// TestListKnowsWhatADeadCallerLeft: what the calls of a caller that was killed
+// still make is in the next list, or never comes to be.
+func TestListKnowsWhatADeadCallerLeft(t *testing.T) {
+	n := newNode(t)
+	for round := range 12 {
+		ctx, cancel := context.WithCancel(n.ctx())
+		done := make(chan struct{}, 8)
+		box := n.sandbox()
+		var ids []string
+		for range 4 {
+			b, c := n.sandboxSpec(), n.containerSpec(box, "sleep 1000")
+			ids = append(ids, b.ID, c.ID)
+			go func() {
+				_, _ = n.CreateSandbox(ctx, b)
+				done <- struct{}{}
+			}()
+			go func() {
+				if _, err := n.Create(ctx, c); err == nil {
+					_, _ = n.Start(ctx, c.ID)
+				}
+				done <- struct{}{}
+			}()
+		}
+		time.Sleep(time.Duration(round*2) * time.Millisecond) // the moment of the caller's death
+		cancel()
+		for range 8 {
+			<-done
+		}
+		states := func() map[string]shim.State {
+			list, err := n.List(n.ctx())
+			if err != nil {
+				t.Fatal(err)
+			}
+			m := map[string]shim.State{}
+			for _, p := range list {
+				m[p.ID] = p.State
+			}
+			return m
+		}
+		first := states()
+		n.sandbox() // as long as what may still be under way
+		second := states()
+		for _, id := range ids {
+			if first[id] != second[id] {
+				t.Errorf("round %d: %s was %q in the first list and is %q now", round, id, first[id], second[id])
+			}
+		}
+		for id := range second {
+			if first[id] != "" && id != box.ID {
+				_ = n.Delete(n.ctx(), id)
+				_ = n.DeleteSandbox(n.ctx(), id)
+			}
+		}
+	}
+}
+
 // TestManyStartersOneShim: concurrent Ensure calls agree on one process, and a
 // second program on the same directory refuses.
 func TestManyStartersOneShim(t *testing.T) {

@@ -74,6 +74,7 @@ type Server struct {
 	lock     int // descriptor of the instance lock
 	gate     gate
 	calls    atomic.Int64
+	open     openCalls
 	gzips    sync.WaitGroup
 	idle     *time.Timer   // gives memory back after a burst
 	stop     chan struct{} // closed by Shutdown
@@ -210,9 +211,12 @@ func (s *Server) Serve() error {
 			c.Close()
 			continue
 		}
+		conn := &wire.Conn{UnixConn: c}
+		call := s.open.begin(conn)
 		go func() {
 			defer s.calls.Add(-1)
-			s.serve(&wire.Conn{UnixConn: c})
+			defer s.open.over(conn)
+			s.serve(conn, call)
 		}()
 	}
 }
@@ -221,7 +225,7 @@ func (s *Server) Serve() error {
 const requestTimeout = 30 * time.Second
 
 // serve answers one connection.
-func (s *Server) serve(conn *wire.Conn) {
+func (s *Server) serve(conn *wire.Conn, call *openCall) {
 	defer conn.Close()
 	if err := checkPeer(conn.UnixConn); err != nil {
 		s.log.Warn("refused a connection", "error", err)
@@ -237,6 +241,11 @@ func (s *Server) serve(conn *wire.Conn) {
 	}
 	_ = conn.SetReadDeadline(time.Time{})
 	defer frame.CloseFds()
+	call.kind.Store(uint32(frame.Kind))
+	switch frame.Kind {
+	case wire.Exec, wire.Attach, wire.Events: // they make nothing that stays
+		s.open.over(conn)
+	}
 	leave, err := s.gate.enter(frame.Kind)
 	if err == nil {
 		defer leave()
@@ -345,16 +354,23 @@ func (s *Server) call(ctx context.Context, frame *wire.Frame) (any, error) {
 	}
 	switch frame.Kind {
 	case wire.DeleteSandbox:
+		if _, err := s.sandbox(call.ID); err != nil {
+			s.awaitOrphans(ctx) // it may be what one of them is about to make
+		}
 		return nil, s.deleteSandbox(ctx, call.ID)
 	case wire.Start:
 		return s.start(ctx, call.ID)
 	case wire.Signal:
 		return nil, s.signal(ctx, call.ID, unix.Signal(call.Signal), call.All)
 	case wire.Delete:
+		if _, err := s.container(call.ID); err != nil {
+			s.awaitOrphans(ctx)
+		}
 		return nil, s.delete(ctx, call.ID)
 	case wire.State:
 		return s.state(call.ID)
 	case wire.List:
+		s.awaitOrphans(ctx)
 		return s.list(), nil
 	case wire.Update:
 		return nil, s.update(ctx, call.ID, call.Resources)
