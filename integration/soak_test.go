@@ -84,8 +84,11 @@ var soakKinds = []soakKind{
 	{name: "steady", manifest: "Always|serve|readinessProbe: {httpGet: {port: 8080, path: /healthz}, periodSeconds: 2}", settled: ready, starts: once},
 	{name: "crashing", manifest: "Always|exit, 1, 200ms|", settled: restarted, starts: asOftenAsItSays},
 	{name: "replaced", manifest: "Always|pause|", replaced: true, settled: node.Running, starts: once},
-	{name: "probed", manifest: "Always|pause|livenessProbe: {exec: {command: [/testserver, env]}, periodSeconds: 2, failureThreshold: 10}", settled: node.Running, starts: once},
-	{name: "failing", manifest: "Always|pause|livenessProbe: {exec: {command: [/testserver, exit, \"1\"]}, periodSeconds: 1, failureThreshold: 3}", settled: restarted, starts: asOftenAsItSays},
+	{name: "probed", manifest: "Always|pause|livenessProbe: {exec: {command: [/testserver, env]}, periodSeconds: 2, timeoutSeconds: 30, failureThreshold: 10}", settled: node.Running, starts: once},
+	// Started before it fails: an overloaded machine may take long until its
+	// program has counted itself.
+	{name: "failing", manifest: "Always|serve|startupProbe: {httpGet: {port: 8080, path: /healthz}, periodSeconds: 1, failureThreshold: 300}\n" +
+		"    livenessProbe: {exec: {command: [/testserver, exit, \"1\"]}, periodSeconds: 1, failureThreshold: 2}", settled: restarted, starts: asOftenAsItSays},
 	{name: "rewritten", manifest: "Always|serve|readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}", replaced: true, settled: ready, starts: once},
 	{name: "done", manifest: "OnFailure|exit, 0, 100ms|", settled: func(p *v1.Pod) bool { return p.Status.Phase == v1.PodSucceeded }, starts: once},
 	{name: "refused", manifest: "Never|exit, 3, 50ms|", settled: func(p *v1.Pod) bool { return p.Status.Phase == v1.PodFailed }, starts: once},
@@ -187,7 +190,7 @@ func TestSoak(t *testing.T) {
 	for _, m := range members {
 		byKey["default/"+node.PodName(m.name)] = m
 	}
-	n.WaitPods("all as their manifests say", 3*time.Minute, func(pods map[string]*v1.Pod) bool {
+	n.WaitPods("all as their manifests say", 5*time.Minute, func(pods map[string]*v1.Pod) bool {
 		right := 0
 		for key, p := range pods {
 			m := byKey[key]
