@@ -16,7 +16,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	v1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -26,6 +25,7 @@ import (
 	"github.com/podd-runtime/podd/cri/shim"
 	"github.com/podd-runtime/podd/kubelet/credentials"
 	"github.com/podd-runtime/podd/kubelet/events"
+	"github.com/podd-runtime/podd/kubelet/imagegc"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/metrics"
 	"github.com/podd-runtime/podd/kubelet/pods"
@@ -63,6 +63,7 @@ type Config struct {
 	Manifests manifests.Config
 	Events    events.Config
 	Pods      pods.Config
+	ImageGC   imagegc.Policy
 	// Shutdown of the machine; no steps: it is not held up for pods.
 	Shutdown []shutdown.Step
 	API      APIConfig
@@ -88,6 +89,7 @@ type agent struct {
 	metrics *metrics.Metrics
 	tree    *cgroups.Tree
 	stats   *stats.Provider
+	imageGC *imagegc.Collector
 	cluster *cluster // nil: none
 	undo    []func()
 }
@@ -135,7 +137,7 @@ func Run(ctx context.Context, cfg Config) error {
 		NodeName: cfg.NodeName, Version: cfg.Version,
 		Pods: podAPI{a.table}, Events: a.events, Objects: a.source,
 		Containers: a.cri, Images: a.images, Problems: a.source.Problems,
-		Shim: a.shim.Info, Shutdown: cancel, Explain: a.explain, Log: a.log,
+		Shim: a.shim.Info, Shutdown: cancel, Explain: a.explain, Disk: a.imageDisk, Log: a.log,
 	})
 
 	group, ctx := errgroup.WithContext(ctx)
@@ -155,6 +157,7 @@ func Run(ctx context.Context, cfg Config) error {
 	group.Go(func() error { return a.table.Run(ctx) })
 	group.Go(func() error { return a.source.Run(ctx) })
 	group.Go(func() error { return a.refreshVolumes(ctx) })
+	group.Go(func() error { return a.collectImages(ctx) })
 	if a.cluster != nil {
 		group.Go(func() error { return a.cluster.run(ctx) })
 	}
@@ -202,11 +205,10 @@ func (a *agent) heedShutdowns(ctx context.Context) error {
 	if len(a.cfg.Shutdown) == 0 {
 		return nil
 	}
-	node := &v1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: a.cfg.NodeName, UID: types.UID(a.cfg.NodeName)}
 	return shutdown.Run(ctx, shutdown.Config{
 		Steps: a.cfg.Shutdown, Pods: a.table, Log: a.log,
 		Connect: func(ctx context.Context) (shutdown.Machine, error) { return systemd.OpenLogind(ctx) },
-		Event:   func(reason, message string) { a.events.Eventf(node, v1.EventTypeNormal, reason, "%s", message) },
+		Event:   func(reason, message string) { a.events.Eventf(a.node(), v1.EventTypeNormal, reason, "%s", message) },
 	})
 }
 
@@ -303,7 +305,8 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	a.metrics = metrics.New(cfg.NodeName, cfg.Version, server.KubernetesVersion)
 	cfg.Pods.Observer = a.metrics
 	deps := pods.Deps{
-		Runtime: a.metrics.Runtime(a.cri, a.pod), Images: a.metrics.Images(a.cri), Volumes: a.volumes,
+		Runtime: a.metrics.Runtime(a.cri, a.pod), Volumes: a.volumes,
+		Images:  pullsThatFill{a.metrics.Images(a.cri), func() { a.imageGC.Hurry() }},
 		Objects: objects, Cgroups: tree, Events: a.events,
 	}
 	if cfg.Cluster != nil {
@@ -315,6 +318,7 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		deps.Credentials = plugins
 	}
 	a.table = pods.New(cfg.Pods, deps)
+	a.imageGC = a.newImageGC()
 	a.stats = stats.New(stats.Config{
 		NodeName: cfg.NodeName, RootDir: cfg.Pods.Node.RootDir, PodLogsDir: logs,
 		PodsGroup: path.Dir(tree.Path("any", v1.PodQOSGuaranteed)), Pods: livePods{a.table}, Runtime: a.cri, Volumes: a.volumes,

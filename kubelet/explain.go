@@ -38,6 +38,7 @@ func (a *agent) explain(ctx context.Context, pod *v1.Pod) api.Diagnosis {
 			}
 			return ""
 		},
+		Holders: a.diskHolders, Images: a.cfg.Images.Dir,
 		Dirs: []string{a.cfg.DataDir, a.cfg.RunDir, a.cfg.Pods.Node.RootDir, filepath.Clean(a.cfg.Pods.Node.PodLogsDir)},
 	}
 	return why.Explain(src.Of(ctx, pod))

@@ -541,6 +541,7 @@ func newStatus(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 				phases = []string{"none"}
 			}
 			fmt.Fprintf(w, "Pods:\t%s\n", strings.Join(phases, ", "))
+			printDisk(w, st.Disk)
 			for _, p := range st.Pulls {
 				fmt.Fprintf(w, "Pull:\t%s %s, %s of %s\n", p.Ref, p.Stage, humanSize(p.Bytes), humanSize(p.Total))
 			}
@@ -555,6 +556,24 @@ func newStatus(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 	}
 	cmd.Flags().StringVarP(&format, "output", "o", "", "json or yaml")
 	return cmd
+}
+
+// printDisk that holds the images, and what fills it when it is too full.
+func printDisk(w io.Writer, d *api.Disk) {
+	if d == nil {
+		return
+	}
+	fmt.Fprintf(w, "Images:\t%d %% of %s used in %s\n", d.UsedPercent, humanSize(d.Capacity), d.Path)
+	if d.Short {
+		stay := "none is left"
+		if d.Kept != "" {
+			stay = d.Kept
+		}
+		fmt.Fprintf(w, "\tfuller than imageGCHighThresholdPercent %d %%, and no image can be removed: %s\n", d.High, stay)
+	}
+	for _, h := range d.Holders {
+		fmt.Fprintf(w, "\t  %s\t%s\n", humanSize(h.Bytes), h.What)
+	}
 }
 
 // problemLine is file:line: document n: field: message (remedy).

@@ -33,6 +33,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/config"
 	"github.com/podd-runtime/podd/kubelet/credentials"
 	"github.com/podd-runtime/podd/kubelet/events"
+	"github.com/podd-runtime/podd/kubelet/imagegc"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/node"
 	"github.com/podd-runtime/podd/kubelet/pods"
@@ -198,6 +199,10 @@ func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string)
 		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
 		API: kubelet.APIConfig{
 			Kubelet: k, Said: cfg.Said, Flags: cfg.Given(), CertDir: filepath.Join(p.RootDir, "pki"), Addresses: hostIPs, SetVerbosity: setVerbosity,
+		},
+		ImageGC: imagegc.Policy{
+			HighPercent: int(*k.ImageGCHighThresholdPercent), LowPercent: int(*k.ImageGCLowThresholdPercent),
+			MinAge: k.ImageMinimumGCAge.Duration, MaxAge: k.ImageMaximumGCAge.Duration,
 		},
 		Pods: pods.Config{
 			Node: spec.Node{

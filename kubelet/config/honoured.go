@@ -44,6 +44,10 @@ var honoured = []string{
 	"fileCheckFrequency",
 	"healthzBindAddress",
 	"healthzPort",
+	"imageGCHighThresholdPercent",
+	"imageGCLowThresholdPercent",
+	"imageMaximumGCAge",
+	"imageMinimumGCAge",
 	"kubeAPIBurst",
 	"kubeAPIQPS",
 	"kubeReserved",
@@ -113,6 +117,9 @@ var usages = map[string]string{
 	"file-check-frequency":                         "time between two full looks at the manifests; changes are seen at once (default 20s)",
 	"healthz-bind-address":                         "address of /healthz (default 127.0.0.1)",
 	"healthz-port":                                 "port of /healthz; 0: none (default 10248)",
+	"image-gc-high-threshold":                      "use of the image disk, in percent, at which unused images are removed; 100: never (default 85)",
+	"image-gc-low-threshold":                       "use of the image disk down to which they are removed (default 80)",
+	"minimum-image-ttl-duration":                   "age below which an unused image stays (default 2m0s)",
 	"kube-api-burst":                               "requests to the apiserver at once at most (default 100)",
 	"kube-api-qps":                                 "requests to the apiserver a second (default 50)",
 	"kube-reserved":                                "resources kept from pods for the node agent, as cpu=200m,memory=500Mi",
@@ -175,6 +182,27 @@ func isHonoured(field string) bool {
 
 var instanceName = regexp.MustCompile(`^[a-z0-9]{0,8}$`)
 
+// checkImageGC is upstream's validation.
+func (c *Config) checkImageGC(bad func(field, format string, args ...any) error) error {
+	k := &c.Kubelet
+	for field, n := range map[string]int32{"kubelet.imageGCHighThresholdPercent": *k.ImageGCHighThresholdPercent, "kubelet.imageGCLowThresholdPercent": *k.ImageGCLowThresholdPercent} {
+		if n < 0 || n > 100 {
+			return bad(field, "%d: want 0 to 100", n)
+		}
+	}
+	if low, high := *k.ImageGCLowThresholdPercent, *k.ImageGCHighThresholdPercent; low >= high {
+		return bad("kubelet.imageGCLowThresholdPercent", "%d: want less than imageGCHighThresholdPercent, %d", low, high)
+	}
+	least, most := k.ImageMinimumGCAge.Duration, k.ImageMaximumGCAge.Duration
+	if least < 0 {
+		return bad("kubelet.imageMinimumGCAge", "%s is negative", least)
+	}
+	if most < 0 || most > 0 && most <= least {
+		return bad("kubelet.imageMaximumGCAge", "%s: want more than imageMinimumGCAge, %s, or 0s", most, least)
+	}
+	return nil
+}
+
 // check refuses values that cannot work.
 func (c *Config) check(l *loader) error {
 	bad := func(field, format string, args ...any) error {
@@ -219,6 +247,9 @@ func (c *Config) check(l *loader) error {
 	}
 	if n := k.MaxParallelImagePulls; n != nil && *n > 1 && k.SerializeImagePulls != nil && *k.SerializeImagePulls && l.from["kubelet.serializeImagePulls"] != "" {
 		return bad("kubelet.maxParallelImagePulls", "%d contradicts serializeImagePulls", *n)
+	}
+	if err := c.checkImageGC(bad); err != nil {
+		return err
 	}
 	if f := k.Logging.Format; f != "text" && f != "json" {
 		return bad("kubelet.logging.format", "%q: want text or json", f)

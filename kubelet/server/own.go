@@ -145,6 +145,9 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 	if s.cfg.Problems != nil {
 		out.Problems = len(s.cfg.Problems())
 	}
+	if s.cfg.Disk != nil {
+		out.Disk = s.cfg.Disk(r.Context())
+	}
 	writeJSON(w, http.StatusOK, &out)
 	return nil
 }

@@ -97,6 +97,8 @@ type Config struct {
 	Images     Images
 	// Problems tells the manifests that are not in force; nil: none.
 	Problems func() []manifests.Problem
+	// Disk that holds the images; nil: not told.
+	Disk func(ctx context.Context) *api.Disk
 	// Explain a pod; nil: not supported.
 	Explain Explainer
 	// Shim asks podd-shim about itself; nil: unknown.

@@ -18,10 +18,13 @@ type refusal struct {
 	remedy string
 }
 
+// noSpace is the reason of an image for which there is no room.
+const noSpace = "ImageNoSpace"
+
 // refusals, the more telling first: a registry that answers has more to say
 // than the network.
 var refusals = []refusal{
-	{"ImageNoSpace", []string{"no space left on device"}, "there is no space left for it", "make room: podd rmi --all removes images that no pod uses"},
+	{noSpace, []string{"no space left on device"}, "there is no space left for it", "make room: podd rmi --all removes images that no pod uses"},
 	{"ImageUnauthorized", []string{"401 unauthorized", "403 forbidden", "denied", "authentication required"}, "the registry does not let this node have it", "name a Secret with its credentials in spec.imagePullSecrets, or give podd --registry-credentials; registries answer the same for images that do not exist: check the name too"},
 	{"ImageRateLimit", []string{"429 too many requests", "toomanyrequests"}, "the registry limits how much this node may pull", "wait, pull with credentials, or set up a mirror in certs.d"},
 	{"ImageTLS", []string{"x509", "tls:", "certificate", "server gave http response to https client"}, "the registry cannot be trusted or does not speak TLS", "put its CA into certs.d/HOST/hosts.toml (ca = …); a registry without TLS is named there with http://"},
@@ -56,6 +59,9 @@ func (x *explainer) image(c *v1.Container, subject string, w *v1.ContainerStateW
 			for _, word := range r.words {
 				if say == "" && strings.Contains(low, word) {
 					f.Reason, say, f.Remedy = r.reason, r.say, r.remedy
+					if r.reason == noSpace {
+						f.Evidence = x.Filling
+					}
 				}
 			}
 		}

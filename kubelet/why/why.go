@@ -33,6 +33,9 @@ type Evidence struct {
 	Listeners []Listener
 	// Disks that are nearly full.
 	Disks []Disk
+	// Filling is what fills the disk of the images, where an image found no
+	// room on it.
+	Filling []string
 }
 
 // Container is what is known of a container besides its status.
@@ -86,6 +89,8 @@ type Disk struct {
 	Path string
 	// Used of its bytes and of its inodes, in percent.
 	Bytes, Inodes int
+	// Holders of the bytes, in words, where known.
+	Holders []string
 }
 
 // Explain the pod.
@@ -243,7 +248,8 @@ func (x *explainer) disks() {
 			what, used = "inodes", d.Inodes
 		}
 		x.add(api.Finding{Level: api.Notice, Reason: "DiskPressure", Subject: d.Path,
-			Message: fmt.Sprintf("The file system of %s is nearly full: %d %% of its %s are used.", d.Path, used, what),
-			Remedy:  "make room: podd rmi --all removes images that no pod uses; see also logs and emptyDir volumes"})
+			Message:  fmt.Sprintf("The file system of %s is nearly full: %d %% of its %s are used.", d.Path, used, what),
+			Evidence: d.Holders,
+			Remedy:   "make room: podd rmi --all removes images that no pod uses; see also logs and emptyDir volumes"})
 	}
 }

@@ -70,7 +70,7 @@ func TestExplain(t *testing.T) {
 			"PortInUse", []string{"port 8080 of the host, which process 7 (nginx) of pod default/other has"}},
 		{"no processes left", Evidence{Pod: podWith(ended("Error", 1)), Containers: map[string]Container{"main": {Log: []string{"sh: can't fork: Resource temporarily unavailable"}}}},
 			"TooManyProcesses", []string{"limit of processes"}},
-		{"disk full", Evidence{Pod: podWith(ended("Error", 1)), Containers: map[string]Container{"main": {Log: []string{"write: no space left on device"}}}, Disks: []Disk{{"/var", 99, 10}}},
+		{"disk full", Evidence{Pod: podWith(ended("Error", 1)), Containers: map[string]Container{"main": {Log: []string{"write: no space left on device"}}}, Disks: []Disk{{"/var", 99, 10, nil}}},
 			"NoSpace", []string{"/var is 99 % full"}},
 		{"nfs silent", Evidence{Pod: podWith(waiting("ContainerCreating", ""), noSandbox), Events: []v1.Event{event("FailedMount", `MountVolume.SetUp failed for volume "share" : nfs 10.1.2.3:/export: 10.1.2.3 version 4.2: connection timed out`)}},
 			"VolumeServer", []string{"Volume share", "10.1.2.3 (path /export) does not answer"}},

@@ -34,8 +34,35 @@ type Status struct {
 	Pulls []Progress     `json:"pulls,omitempty"`
 	// Problems counts the manifests that are not in force.
 	Problems int `json:"problems"`
+	// Disk that holds the images; absent: it could not be measured.
+	Disk *Disk `json:"disk,omitempty"`
 	// Goroutines of the daemon, for those who look for leaks.
 	Goroutines int `json:"goroutines"`
+}
+
+// Disk is the file system that holds the images.
+type Disk struct {
+	Path string `json:"path"`
+	// Capacity and Available in bytes.
+	Capacity    int64 `json:"capacity"`
+	Available   int64 `json:"available"`
+	UsedPercent int   `json:"usedPercent"`
+	// High and Low are the thresholds, in percent, between which images that
+	// nobody uses are removed; 100: never.
+	High int `json:"imageGCHighThresholdPercent"`
+	Low  int `json:"imageGCLowThresholdPercent"`
+	// Short: fuller than High, and no image is left that could be removed.
+	Short bool `json:"short,omitempty"`
+	// Kept says which images stay, and why; with Short.
+	Kept string `json:"kept,omitempty"`
+	// Holders of what is used, the largest first; of a disk fuller than High.
+	Holders []Holder `json:"holders,omitempty"`
+}
+
+// Holder of bytes on a disk.
+type Holder struct {
+	What  string `json:"what"` // "images", "pod default/web", …
+	Bytes int64  `json:"bytes"`
 }
 
 // Problem is a manifest, or a part of one, that is not in force.

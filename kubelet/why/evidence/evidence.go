@@ -52,6 +52,10 @@ type Source struct {
 	Pod func(uid string) string
 	// Dirs are directories whose file systems pods need.
 	Dirs []string
+	// Images is where images are kept.
+	Images string
+	// Holders says what fills the file system of a directory.
+	Holders func(ctx context.Context, dir string) []string
 }
 
 // Of a pod with its status.
@@ -80,6 +84,14 @@ func (s *Source) Of(ctx context.Context, pod *v1.Pod) *why.Evidence {
 			}
 		}
 		e.Disks = disks(s.Dirs)
+		for i := range e.Disks {
+			if s.Holders != nil {
+				e.Disks[i].Holders = s.Holders(ctx, e.Disks[i].Path)
+			}
+		}
+	}
+	if s.Holders != nil && lacksRoom(pod) {
+		e.Filling = s.Holders(ctx, s.Images)
 	}
 	if ports := why.Ports(pod, e.Containers); len(ports) > 0 {
 		e.Listeners = listeners(ctx, "/proc", ports)
@@ -175,6 +187,18 @@ func problemsOf(all []api.Problem, events []v1.Event) (out []api.Problem) {
 		}
 	}
 	return out
+}
+
+// lacksRoom says that an image of the pod found no room.
+func lacksRoom(pod *v1.Pod) bool {
+	for _, list := range [][]v1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses} {
+		for i := range list {
+			if w := list[i].State.Waiting; w != nil && strings.Contains(w.Message, unix.ENOSPC.Error()) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // fine at a glance: everything runs and is ready, or is done.
