@@ -99,7 +99,7 @@ func (v *Volumes) mountEmptyDir(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 // mountTmpfs mounts a tmpfs of a size in bytes (0: the kernel's default, half of
 // the memory) that is not swapped out where the kernel can (6.4).
 func (v *Volumes) mountTmpfs(d *dir, name string, size int64) error {
-	options := map[string]string{"mode": "0777"}
+	options := map[string]string{"mode": "1777"} // a tmpfs's own default, as with upstream's kubelet
 	if size > 0 {
 		options["size"] = strconv.FormatInt(size, 10)
 	}
