@@ -2,6 +2,7 @@ package images
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"path/filepath"
 
@@ -22,16 +23,20 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 	if err != nil {
 		return nil, err
 	}
+	d := newDebian(ctx, b.Dir)
 	root := base()
 	root.dir("/home", 0o755)
 	root.dir("/var/run", 0o777)
 	root.dir("/uploads", 0o755)
 	maps.Copy(root, box)
+	// It hands on variables whose names are no identifiers, as newer busyboxes do.
+	if err := root.program(d, "/bin/sh", "/bin/bash", "bash"); err != nil {
+		return nil, err
+	}
 	root["/etc/passwd"] = file{mode: 0o644, data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nuser-defined-in-image:x:1000:1000::/home:/bin/sh\n")}
 	root["/etc/group"] = file{mode: 0o644, data: []byte("root:x:0:\nnogroup:x:65534:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n")}
 
 	tools := tree{}
-	d := newDebian(ctx, b.Dir)
 	for program, pkg := range map[string]string{"/usr/bin/curl": "curl", "/bin/nc.openbsd": "netcat-openbsd", "/bin/bash": "bash", "/bin/ip": "iproute2"} {
 		if err := tools.program(d, program, program, pkg); err != nil {
 			return nil, err
@@ -66,10 +71,15 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 	add(img, e, "e2e-test-images/nonroot:1.5")
 	img, e = image(v1.Config{Env: env, Cmd: []string{"nnp"}}, root, tree{"/usr/local/bin/nnp": {mode: 0o6755, from: standin}})
 	add(img, e, "e2e-test-images/nonewprivs:1.4")
-	img, e = image(v1.Config{Env: env, Entrypoint: []string{"/bin/sleep"}, Cmd: []string{"infinity"}, User: "65535:65535"}, root)
+	img, e = image(v1.Config{Env: env, Entrypoint: []string{"/pause"}, User: "65535:65535"}, root, tree{"/pause": {mode: 0o755, from: standin}})
 	add(img, e, "pause:3.10.2", "pause:3.10.1", "pause:3.10")
 	img, e = b.Nginx(ctx)
 	add(img, e, "e2e-test-images/nginx:1.15-4", "e2e-test-images/nginx:1.27-0")
+	for _, name := range []string{"kitten", "nautilus"} { // pictures on a web page; also mounted as volumes
+		img, e = image(v1.Config{Env: env, Entrypoint: []string{"/agnhost"}, Cmd: []string{"test-webserver"}}, root, tools,
+			tree{"/data.json": {mode: 0o644, data: fmt.Appendf(nil, "{\n\"image\": \"%s.jpg\"\n}\n", name)}})
+		add(img, e, "e2e-test-images/"+name+":1.8")
+	}
 	img, e = image(v1.Config{Env: env, Cmd: []string{"sh"}}, root, tree{"/usr/bin/ipcs": {link: "/bin/standin"}, "/bin/standin": {mode: 0o755, from: standin}})
 	add(img, e, "e2e-test-images/ipc-utils:1.4")
 	return all, err
