@@ -297,8 +297,8 @@ func TestExchangeWhileWalking(t *testing.T) {
 	if err := os.WriteFile(outside+"/precious", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	make := func() {
-		if err := os.MkdirAll(base+"/vol/dir/deep", 0o755); err != nil {
+	make := func() { // nobody races it
+		if err := errors.Join(os.RemoveAll(base+"/vol"), os.MkdirAll(base+"/vol/dir/deep", 0o755)); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(base+"/vol/dir/precious", nil, 0o600); err != nil {
@@ -327,7 +327,6 @@ func TestExchangeWhileWalking(t *testing.T) {
 	stop()
 	safe("fsGroup")
 
-	stop = exchange(base+"/vol/dir", base+"/vol/evil")
 	d, err := openDir(base)
 	if err != nil {
 		t.Fatal(err)
@@ -335,9 +334,10 @@ func TestExchangeWhileWalking(t *testing.T) {
 	defer d.close()
 	contested(func() {
 		make()
+		stop := exchange(base+"/vol/dir", base+"/vol/evil")
 		_ = removeTree(d, "vol")
+		stop()
 	})
-	stop()
 	safe("removal")
 }
 
