@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -238,4 +241,28 @@ func TestForceDelete(t *testing.T) {
 	}
 	n.Start()
 	n.WaitGone(time.Minute)
+}
+
+// TestFinalizer: a pod that somebody's finalizer keeps in the cluster ends here
+// once, and does not begin again with each change that is made to it there.
+func TestFinalizer(t *testing.T) {
+	long(t)
+	n := join(t, "final")
+	s := enter(t, "final")
+	pod := serverOf("web")
+	pod.Finalizers = []string{"podd.test/hold"}
+	s.create(pod)
+	s.awaitReady("web")
+	s.kubectl("delete", "pod", "web", "--wait=false", "--grace-period=1")
+	n.WaitGone(time.Minute)
+	s.kubectl("label", "pod", "web", "changed=yes")
+	s.kubectl("patch", "pod", "web", "--type=merge", "-p", `{"metadata":{"finalizers":null}}`)
+	s.awaitGone("web")
+	b, err := os.ReadFile(filepath.Join(n.Dir, "podd.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if begun := strings.Count(string(b), "pod begins"); begun != 1 {
+		t.Errorf("the pod began %d times:\n%s", begun, b)
+	}
 }

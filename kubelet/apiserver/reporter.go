@@ -43,6 +43,9 @@ func (p *Pods) report(ctx context.Context) {
 			p.reports[pod.UID] = r
 		}
 		r.shown, r.gone = pod, ev.Type == watch.Deleted
+		if r.gone && p.known[pod.UID] != nil {
+			p.ended[pod.UID] = true
+		}
 		p.mu.Unlock()
 		if r.gone {
 			for _, u := range p.cfg.Uses {
@@ -219,7 +222,12 @@ func (p *Pods) patch(ctx context.Context, base, shown *v1.Pod) error {
 	if err != nil {
 		return fmt.Errorf("patch status of pod %s: %w", name(base), err)
 	}
-	p.learn(is)
+	p.mu.Lock()
+	have := p.known[is.UID] != nil
+	p.mu.Unlock()
+	if have { // it may have been deleted meanwhile
+		p.learn(is)
+	}
 	return nil
 }
 

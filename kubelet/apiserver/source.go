@@ -61,6 +61,8 @@ type Pods struct {
 	ctx context.Context // of Run; nil before
 	// known is each pod as the apiserver has it, by what it told last.
 	known map[types.UID]*v1.Pod
+	// ended are those of known of which nothing is left on the node.
+	ended map[types.UID]bool
 	// mirrors are those of known that stand for static pods.
 	mirrors map[types.NamespacedName]*v1.Pod
 	synced  bool
@@ -75,7 +77,7 @@ type Pods struct {
 func New(cfg Config) *Pods {
 	return &Pods{
 		cfg: cfg, log: cfg.Log, slots: make(chan struct{}, 32),
-		known: map[types.UID]*v1.Pod{}, mirrors: map[types.NamespacedName]*v1.Pod{},
+		known: map[types.UID]*v1.Pod{}, ended: map[types.UID]bool{}, mirrors: map[types.NamespacedName]*v1.Pod{},
 		static: map[types.NamespacedName]types.UID{}, reports: map[types.UID]*report{},
 	}
 }
@@ -152,7 +154,7 @@ func (p *Pods) reporter(pod *v1.Pod) types.UID {
 // deliver a pod to the table, unless all that is new is what the node itself
 // has reported.
 func (p *Pods) deliver(was, pod *v1.Pod) {
-	if pod.Annotations[mirrorAnnotation] != "" || was != nil && !differs(was, pod) {
+	if pod.Annotations[mirrorAnnotation] != "" || was != nil && !differs(was, pod) || p.hasEnded(pod) {
 		return
 	}
 	told := *pod
@@ -166,6 +168,14 @@ func (p *Pods) deliver(was, pod *v1.Pod) {
 		u.Use(pod.UID, &told)
 	}
 	p.cfg.Sink.SetPod(SourceName, &told)
+}
+
+// hasEnded says that a pod which is being deleted has ended here already, and waits
+// for somebody's finalizer: it must not begin again.
+func (p *Pods) hasEnded(pod *v1.Pod) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return pod.DeletionTimestamp != nil && p.ended[pod.UID]
 }
 
 func differs(was, pod *v1.Pod) bool {
@@ -187,6 +197,7 @@ func (p *Pods) removed(ctx context.Context, uid types.UID) {
 	p.mu.Lock()
 	pod := p.known[uid]
 	delete(p.known, uid)
+	delete(p.ended, uid)
 	mirror := pod != nil && pod.Annotations[mirrorAnnotation] != ""
 	var static types.UID
 	if mirror {
