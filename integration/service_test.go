@@ -85,7 +85,7 @@ func TestServiceManagerIsTold(t *testing.T) {
 	n.Write("web.yaml", pod("web", "", "serve", ":8080"))
 	n.WaitRunning("web")
 	said(0, "STATUS=1 pods: 1 running, 0 failed")
-	before := n.Processes("serve :8080")
+	before := executing(t, n)
 
 	// Refused: podd goes on.
 	log := func() string {
@@ -126,6 +126,17 @@ func TestServiceManagerIsTold(t *testing.T) {
 	said(at, "WATCHDOG=1")
 }
 
+// executing are the processes of the pod's server: a container is started a
+// moment before its program executes.
+func executing(t *testing.T, n *node.Node) (pids map[int]bool) {
+	t.Helper()
+	node.Await(t, "the container's program", 30*second, func() bool {
+		pids = n.Processes("serve :8080")
+		return len(pids) > 0
+	})
+	return pids
+}
+
 // TestPoddWaitsForASlowShim: a podd-shim that takes its time, as on a machine
 // under load, is waited for, and everybody is told; a wait can be ended.
 func TestPoddWaitsForASlowShim(t *testing.T) {
@@ -133,7 +144,7 @@ func TestPoddWaitsForASlowShim(t *testing.T) {
 	n := start(t)
 	n.Write("web.yaml", pod("web", "", "serve", ":8080"))
 	n.WaitRunning("web")
-	before := n.Processes("serve :8080")
+	before := executing(t, n)
 	shim := n.ShimPID()
 	if err := syscall.Kill(shim, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
