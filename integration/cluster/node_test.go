@@ -37,10 +37,10 @@ func TestNode(t *testing.T) {
 	if _, err := p.Client.CoreV1().Namespaces().Create(t.Context(), &v1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	no := false
-	if _, err := p.Client.CoreV1().ServiceAccounts(namespace).Create(t.Context(), &v1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}, AutomountServiceAccountToken: &no}, metav1.CreateOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	node.Await(t, "the controllers' service account", time.Minute, func() bool {
+		_, err := p.Client.CoreV1().ServiceAccounts(namespace).Get(t.Context(), "default", metav1.GetOptions{})
+		return err == nil
+	})
 	if _, err := p.Client.CoreV1().ConfigMaps(namespace).Create(t.Context(), &v1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "words"}, Data: map[string]string{"word": "one"}}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
