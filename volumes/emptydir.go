@@ -62,6 +62,9 @@ func (v *Volumes) setupEmptyDir(ctx context.Context, pod *v1.Pod, kind *dir, vol
 		}
 	}
 	mode := uint32(0o777)
+	if vol.EmptyDir.Medium == v1.StorageMediumMemory {
+		mode |= unix.S_ISVTX // a tmpfs's own, which upstream leaves as it is
+	}
 	if group >= 0 {
 		// The group, and that what is made inside inherits it (upstream:
 		// volume.SetVolumeOwnership). The directory is empty: no walk.
@@ -99,7 +102,7 @@ func (v *Volumes) mountEmptyDir(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 // mountTmpfs mounts a tmpfs of a size in bytes (0: the kernel's default, half of
 // the memory) that is not swapped out where the kernel can (6.4).
 func (v *Volumes) mountTmpfs(d *dir, name string, size int64) error {
-	options := map[string]string{"mode": "1777"} // a tmpfs's own default, as with upstream's kubelet
+	options := map[string]string{"mode": "1777"} // a tmpfs's own default
 	if size > 0 {
 		options["size"] = strconv.FormatInt(size, 10)
 	}
