@@ -90,10 +90,10 @@ func TestFullDiskLosesImagesThatNobodyUses(t *testing.T) {
 	n.Write("big.yaml", manifest("big"))
 	n.WaitRunning("big")
 	images := n.OK("images")
-	for name, want := range map[string]bool{"kept": true, "first": false, "big": true} {
-		if got := strings.Contains(images, "/gc/"+name+" "); got != want {
-			t.Errorf("image %s: there %v, want %v\n%s", name, got, want, images)
-		}
+	has := func(name string) bool { return strings.Contains(images, "/gc/"+name+" ") }
+	// Of two that came since the last look either may go, as upstream has it.
+	if !has("kept") || !has("big") || has("first") && has("second") {
+		t.Errorf("images that pods use are there, and one of the others is not:\n%s", images)
 	}
 
 	// What else there is on the disk cannot be removed, and without the second
