@@ -235,7 +235,7 @@ func (p *Plane) args(name string) ([]string, error) {
 		return []string{
 			"--kubeconfig=" + kc, "--authentication-kubeconfig=" + kc, "--authorization-kubeconfig=" + kc,
 			"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", p.ports.metrics), "--cert-dir=" + filepath.Join(p.Dir, name),
-			"--kubelet-preferred-address-types=InternalIP", "--kubelet-use-node-status-port", "--kubelet-insecure-tls", "--metric-resolution=10s",
+			"--kubelet-preferred-address-types=InternalIP", "--kubelet-use-node-status-port", "--kubelet-insecure-tls", "--metric-resolution=10s", "--kubelet-request-timeout=5s",
 		}, nil
 	case "kube-proxy":
 		ports, err := freePorts(2)
