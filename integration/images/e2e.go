@@ -34,7 +34,7 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 		return nil, err
 	}
 	root["/etc/passwd"] = file{mode: 0o644, data: []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nuser-defined-in-image:x:1000:1000::/home:/bin/sh\n")}
-	root["/etc/os-release"] = file{mode: 0o644, data: []byte("ID=podd-tests\n")}
+	root["/etc/os-release"] = file{mode: 0o644, data: []byte("NAME=\"a stand-in for Alpine Linux\"\n")}
 	root["/etc/group"] = file{mode: 0o644, data: []byte("root:x:0:\nnogroup:x:65534:\nuser-defined-in-image:x:1000:\ngroup-defined-in-image:x:50000:user-defined-in-image\n")}
 
 	tools := tree{}
