@@ -51,14 +51,14 @@ func measureJoined(ctx context.Context, o options, plane *control.Plane, n node,
 		return err
 	}
 	n.join(m)
+	defer func() { // after its agent has ended: the next node is alone again
+		_ = plane.Client.CoreV1().Nodes().Delete(context.WithoutCancel(ctx), m.name, metav1.DeleteOptions{})
+	}()
 	if err := n.start(ctx); err != nil {
 		return err
 	}
 	defer n.stop()
 	c := &clusterBench{client: plane.Client, plane: plane, member: m, node: n, o: o, report: r}
-	defer func() { // the next node is alone again
-		_ = plane.Client.CoreV1().Nodes().Delete(context.WithoutCancel(ctx), m.name, metav1.DeleteOptions{})
-	}()
 	if err := until(ctx, "the node is ready", 2*time.Minute, func() bool { return c.ready(ctx) }); err != nil {
 		return err
 	}
