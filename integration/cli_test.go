@@ -123,6 +123,11 @@ func TestStopAllWorksWithoutADaemon(t *testing.T) {
 	}
 	n.Start() // the manifests are still there
 	n.WaitRunning("one", "two")
+	n.Write("stubborn.yaml", strings.Replace(pod("stubborn", "", "stubborn"), "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 600", 1))
+	n.WaitRunning("stubborn")
+	n.Signal(syscall.SIGKILL)
+	n.OK("stop", "--all", "--grace-period=1") // in the two minutes of a command
+	n.Start()
 }
 
 // box is a pod of busybox that waits.

@@ -103,6 +103,16 @@ func start(t testing.TB, flags ...string) *node.Node {
 	return n
 }
 
+// configured are the flags by which a node takes fields of KubeletConfiguration.
+func configured(t testing.TB, n *node.Node, fields string) []string {
+	t.Helper()
+	config := filepath.Join(n.Dir, "config.yaml")
+	if err := os.WriteFile(config, []byte("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\n"+fields+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"--config", config}
+}
+
 // freePort is a port of this machine that nobody listens on.
 func freePort(t testing.TB) int {
 	t.Helper()

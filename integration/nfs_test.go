@@ -4,8 +4,9 @@ import (
 	"bufio"
 	"fmt"
 	"os"
-	"os/exec"
+	osexec "os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,7 +23,7 @@ const nfsExport = "/srv/podd-test"
 // command runs a program of the host that must succeed.
 func command(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+	out, err := osexec.CommandContext(t.Context(), name, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
@@ -60,18 +61,18 @@ func serveNFS(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		reachable(t)
-		exec.Command("systemctl", "stop", "nfs-server").Run()
+		osexec.Command("systemctl", "stop", "nfs-server").Run()
 		syscall.Unmount(nfsExport, syscall.MNT_DETACH)
 	})
 	command(t, "systemctl", "unmask", "nfs-server.service", "rpcbind.service", "rpcbind.socket")
-	command(t, "systemctl", "start", "nfs-server")
+	command(t, "systemctl", "start", "rpcbind.socket", "rpcbind", "nfs-server")
 }
 
 // unreachable lets every packet to and from the server vanish, as when its
 // machine has lost its power; reachable ends that.
 func unreachable(t *testing.T) {
 	t.Helper()
-	cmd := exec.Command("nft", "-f", "-")
+	cmd := osexec.Command("nft", "-f", "-")
 	const chain = "{ chain in { type filter hook input priority 0; meta l4proto { tcp, udp } th dport { 111, 2049 } drop; meta l4proto tcp th sport 2049 drop; }; }"
 	cmd.Stdin = strings.NewReader("table ip podd_test_nfs " + chain + "\ntable ip6 podd_test_nfs " + chain + "\n")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -82,7 +83,7 @@ func unreachable(t *testing.T) {
 func reachable(t *testing.T) {
 	t.Helper()
 	for _, family := range []string{"ip", "ip6"} {
-		if out, err := exec.Command("nft", "delete", "table", family, "podd_test_nfs").CombinedOutput(); err != nil && !strings.Contains(string(out), "No such file") {
+		if out, err := osexec.Command("nft", "delete", "table", family, "podd_test_nfs").CombinedOutput(); err != nil && !strings.Contains(string(out), "No such file") {
 			t.Errorf("nft: %v\n%s", err, out)
 		}
 	}
@@ -136,11 +137,17 @@ func TestNFS(t *testing.T) {
 		out, errOut, _ := n.Podd("exec", node.PodName(pod), "--", "sh", "-c", cmd)
 		return strings.TrimSpace(out + errOut)
 	}
+	for pod, want := range map[string]string{
+		"newest": ` nfs4 rw,.*vers=4\.2,`,
+		"six":    `^\[::1\]:` + nfsExport + ` /data nfs4 .*proto=tcp6`,
+		"three":  ` nfs rw,noatime,vers=3,`,
+		"four":   ` nfs4 rw,nosuid,.*vers=4\.1,rsize=65536,`,
+	} {
+		if got := exec(pod, "grep ' /data ' /proc/mounts"); !regexp.MustCompile(want).MatchString(got) {
+			t.Errorf("%s has mounted %q, want %s", pod, got, want)
+		}
+	}
 	for _, c := range []struct{ pod, cmd, want string }{
-		{"newest", "grep -o ' /data nfs4 .*vers=4.2' /proc/mounts | wc -l", "1"},
-		{"six", "grep -o '^\\[::1\\]:" + nfsExport + " /data nfs4 .*proto=tcp6' /proc/mounts | wc -l", "1"},
-		{"three", "grep -o ' /data nfs rw,noatime.*vers=3' /proc/mounts | wc -l", "1"},
-		{"four", "grep -o ' /data nfs4 rw,nosuid.*vers=4.1,rsize=65536' /proc/mounts | wc -l", "1"},
 		// Everybody has the same export.
 		{"newest", "echo one > /data/shared; sync", ""},
 		{"three", "cat /data/shared", "one"},
@@ -148,13 +155,45 @@ func TestNFS(t *testing.T) {
 		{"mountro", "cat /data/shared; touch /data/x 2>&1 | grep -o Read-only", "one\nRead-only"},
 		{"four", "echo sub > /data/f; sync", ""},
 		{"newest", "cat /data/deep/er/f", "sub"},
-		// Locks are the server's: of version 3 with a daemon's help.
-		{"three", "flock -n /data/shared echo locked", "locked"},
-		{"newest", "flock -n /data/shared echo locked", "locked"},
 	} {
 		if got := exec(c.pod, c.cmd); got != c.want {
 			t.Errorf("%s: %s: %q, want %q", c.pod, c.cmd, got, c.want)
 		}
+	}
+	// Locks are the server's: of version 3 with a daemon's help. One holds for all.
+	locked := func(pod string, args ...string) *osexec.Cmd {
+		p, err := n.Pod(pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, at := range nfsMounts(t, filepath.Join(n.Dir, "kubelet", "pods", string(p.UID))) {
+			return osexec.CommandContext(t.Context(), "flock", append([]string{"-n", at + "/shared"}, args...)...)
+		}
+		t.Fatalf("%s has no mount", pod)
+		return nil
+	}
+	holder := locked("three", "sh", "-c", "echo held; read line")
+	in, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "held\n" {
+		t.Errorf("lock by version 3: %q, %v", line, err)
+	}
+	if err := locked("newest", "true").Run(); err == nil {
+		t.Error("the server gave one lock twice")
+	}
+	in.Close()
+	holder.Wait()
+	if out, err := locked("newest", "true").CombinedOutput(); err != nil {
+		t.Errorf("lock by version 4: %v %s", err, out)
 	}
 	node.Await(t, "the export that is none told", 30*second, func() bool {
 		return strings.Contains(n.OK("events"), "127.0.0.1:/srv/not-exported")

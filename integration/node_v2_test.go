@@ -245,3 +245,40 @@ func TestConfinementOfContainers(t *testing.T) {
 		t.Errorf("AppArmor of a privileged container: %q", s)
 	}
 }
+
+// TestForkingAndFrozenPodsEnd: what forks faster than its processes are listed
+// ends with its pod, and so does what somebody has frozen.
+func TestForkingAndFrozenPodsEnd(t *testing.T) {
+	n := start(t)
+	// Each process lives for a moment and leaves another one behind.
+	n.Write("forks.yaml", user("forks", "emptyDir: {}", "", `trap "" TERM; f() { ( sleep 0.01; f ) & }; f; f; f; f; while :; do sleep 1; done`))
+	n.Write("frozen.yaml", user("frozen", "emptyDir: {}", "", "while :; do sleep 1; done"))
+	n.WaitRunning("forks", "frozen")
+	p, err := n.Pod("frozen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := strings.TrimPrefix(status(p).ContainerID, kubeletstatus.Scheme+"://")
+	file, freeze, frozen := "/sys/fs/cgroup"+containerGroup(t, n, id)+"/cgroup.freeze", "1", "1"
+	if !unified() {
+		for pid := range n.Processes("") {
+			b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+			for line := range strings.Lines(string(b)) {
+				f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+				if len(f) == 3 && f[1] == "freezer" && strings.Contains(f[2], id) {
+					file = "/sys/fs/cgroup/freezer" + f[2] + "/freezer.state"
+				}
+			}
+		}
+		freeze, frozen = "FROZEN", "FROZEN"
+	}
+	if err := os.WriteFile(file, []byte(freeze), 0); err != nil {
+		t.Fatal(err)
+	}
+	node.Await(t, "frozen", 10*second, func() bool { b, _ := os.ReadFile(file); return strings.TrimSpace(string(b)) == frozen })
+	n.Remove("forks.yaml", "frozen.yaml")
+	n.WaitGone(15 * second)
+	if left := n.Processes(""); len(left) > 0 {
+		t.Errorf("processes left: %v", left)
+	}
+}

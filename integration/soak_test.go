@@ -122,11 +122,7 @@ func (m *soakMember) write(n *node.Node, counts string) {
 func TestSoak(t *testing.T) {
 	p := soakParameters(t)
 	n := node.New(t)
-	config := filepath.Join(n.Dir, "config.yaml")
-	if err := os.WriteFile(config, []byte("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\ncrashLoopBackOff: {maxContainerRestartPeriod: "+p.backoff+"}\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	n.Extra("--config", config)
+	n.Extra(configured(t, n, "crashLoopBackOff: {maxContainerRestartPeriod: "+p.backoff+"}")...)
 	counts := t.TempDir()
 	mirror(t, n, "testserver")
 	t.Cleanup(func() { // before the node's own end

@@ -212,9 +212,10 @@ func (a *agent) heedShutdowns(ctx context.Context) error {
 	})
 }
 
-// Drain stops every pod that runs in the directories of cfg, each within its
-// grace period, and ends podd-shim. No agent may be running there.
-func Drain(ctx context.Context, cfg Config) error {
+// Drain stops every pod that runs in the directories of cfg, each within grace
+// seconds, by default its own grace period, and ends podd-shim. No agent may be
+// running there.
+func Drain(ctx context.Context, cfg Config, grace *int64) error {
 	cfg.Cluster, cfg.Pods.Sources = nil, []string{manifests.SourceName}
 	a, err := open(ctx, cfg)
 	if err != nil {
@@ -230,7 +231,7 @@ func Drain(ctx context.Context, cfg Config) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if err := a.table.StopAll(ctx, nil); err != nil { // in order, which the next does not keep
+	if err := a.table.StopAll(ctx, grace); err != nil { // in order, which the next does not keep
 		return err
 	}
 	// No source holds a pod: all there is is an orphan, and goes.
@@ -348,26 +349,27 @@ func openCredentials(cfg Config, accounts credentials.Accounts) (*credentials.Pr
 // pod finds a pod for what is made before the table.
 func (a *agent) pod(namespace, name string) (*v1.Pod, bool) { return a.table.Get(namespace, name) }
 
-// waitEmpty returns when the runtime has no sandbox left.
+// waitEmpty waits until nothing of any pod is left but what is to outlive it.
 func (a *agent) waitEmpty(ctx context.Context) error {
-	// The subscription ends with the wait: close waits for it.
+	// The watch ends with the wait: close waits for it.
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()
-	changes := a.cri.Subscribe(ctx)
-	for {
-		list, err := a.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
-		if err != nil {
-			return err
-		}
-		if len(list.Items) == 0 {
-			return nil
-		}
+	changes := a.table.Watch(ctx, "")
+	for len(a.table.Pods()) > 0 {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changes:
 		}
 	}
+	list, err := a.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return err
+	}
+	if len(list.Items) > 0 {
+		return fmt.Errorf("%d pods of other CRI clients run on, and podd-shim for them: remove them with these clients (crictl rmp)", len(list.Items))
+	}
+	return nil
 }
 
 // openShim starts podd-shim, or finds the one that runs, and brings it to the

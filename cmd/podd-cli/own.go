@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -82,7 +83,7 @@ stopped until "podd start", or until its manifest changes.`,
 			}
 			if err := c.reach(cmd.Context()); err != nil {
 				if all {
-					return c.drain(cmd.Context(), streams, err)
+					return c.drain(cmd.Context(), streams, grace, err)
 				}
 				return err
 			}
@@ -106,8 +107,8 @@ stopped until "podd start", or until its manifest changes.`,
 }
 
 // drain stops the pods of a daemon that is down, by running it once more for
-// that alone. down is what to say when it cannot.
-func (c *client) drain(ctx context.Context, streams genericiooptions.IOStreams, down error) error {
+// that alone, with grace as its flag says. down is what to say when it cannot.
+func (c *client) drain(ctx context.Context, streams genericiooptions.IOStreams, grace int64, down error) error {
 	last, err := api.LoadLast(c.runDir)
 	if errors.Is(err, os.ErrNotExist) {
 		return down // nothing ever ran here
@@ -116,7 +117,7 @@ func (c *client) drain(ctx context.Context, streams genericiooptions.IOStreams, 
 		return err
 	}
 	fmt.Fprintln(streams.Out, "the daemon is down; stopping its pods without it")
-	cmd := exec.CommandContext(ctx, last.Program, append(append([]string{"run"}, last.Args...), "--drain")...)
+	cmd := exec.CommandContext(ctx, last.Program, slices.Concat([]string{"run"}, last.Args, []string{"--drain", fmt.Sprintf("--drain-grace-period=%d", grace)})...)
 	cmd.Dir = last.Dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	var log bytes.Buffer

@@ -56,6 +56,7 @@ func runDaemon(args []string) int {
 	}
 	config.AddFlags(flags, &cfg)
 	drain := flags.Bool("drain", false, "stop every pod, end podd-shim, and exit; for a node whose daemon is down")
+	grace := flags.Int64("drain-grace-period", -1, "with --drain, seconds that each pod has to end; negative: what it says itself")
 	err := flags.Parse(args)
 	if errors.Is(err, pflag.ErrHelp) {
 		return 0
@@ -82,7 +83,12 @@ func runDaemon(args []string) int {
 	run := kubelet.Run
 	passed := systemd.Activation()
 	if *drain {
-		run = kubelet.Drain
+		run = func(ctx context.Context, cfg kubelet.Config) error {
+			if *grace < 0 {
+				grace = nil
+			}
+			return kubelet.Drain(ctx, cfg, grace)
+		}
 	} else {
 		remember(cfg.Podd.RunDir, args, log)
 		go heedReload(ctx, args, cancel, log)
@@ -121,7 +127,6 @@ func heedReload(ctx context.Context, args []string, end context.CancelCauseFunc,
 		var next config.Config
 		flags := pflag.NewFlagSet("podd run", pflag.ContinueOnError)
 		config.AddFlags(flags, &next)
-		flags.Bool("drain", false, "")
 		err := flags.Parse(args)
 		if err == nil {
 			err = next.Load()

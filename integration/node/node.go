@@ -390,14 +390,19 @@ func (n *Node) WaitPods(what string, timeout time.Duration, cond func(pods map[s
 	var last error
 	for ctx.Err() == nil {
 		last = func() error {
+			var list v1.PodList
+			if err := n.Get("/api/v1/pods", &list); err != nil {
+				return err
+			}
 			clear(pods)
-			for _, p := range n.Pods() {
-				pods[p.Namespace+"/"+p.Name] = &p
+			for i := range list.Items {
+				p := &list.Items[i]
+				pods[p.Namespace+"/"+p.Name] = p
 			}
 			if cond(pods) {
 				return nil
 			}
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podd/api/v1/pods?watch=true", nil)
+			req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://podd/api/v1/pods?watch=true&resourceVersion="+list.ResourceVersion, nil)
 			if err != nil {
 				return err
 			}
@@ -406,11 +411,13 @@ func (n *Node) WaitPods(what string, timeout time.Duration, cond func(pods map[s
 				return err
 			}
 			defer resp.Body.Close()
-			clear(pods) // the watch begins with all there are
 			for dec := json.NewDecoder(resp.Body); ; {
 				var ev podWatch
 				if err := dec.Decode(&ev); err != nil {
 					return err
+				}
+				if ev.Type == "ERROR" { // too much has happened meanwhile
+					return errors.New("the watch broke off")
 				}
 				key := ev.Object.Namespace + "/" + ev.Object.Name
 				if ev.Type == "DELETED" {

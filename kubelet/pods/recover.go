@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -215,13 +216,15 @@ func (t *Table) skeleton(uid types.UID, s *runtimeapi.PodSandbox, containers []*
 // gone tells readers that the pod under the name is not there any more.
 func (t *Table) gone(w *worker, pod *v1.Pod) { t.emit(w, watch.Deleted, pod) }
 
-// sweep removes what is left of pods that nobody knows: directories, cgroups
-// and log links.
+// sweep removes what is left of pods that nobody knows: directories with their
+// logs, cgroups and log links. Logs alone may be those of somebody else who
+// shares the log directory; whoever shares the root directory is a mistake.
 func (t *Table) sweep() {
 	ctx, cancel := context.WithTimeout(t.ctx, 5*t.cfg.CallTimeout)
 	defer cancel()
 	if dirs, err := t.deps.Volumes.Pods(); err == nil {
 		t.sweepUIDs(dirs, "directory", func(uid types.UID) error {
+			t.sweepLogs(uid)
 			err := t.deps.Volumes.Teardown(ctx, uid)
 			if err == nil {
 				t.userns.release(uid)
@@ -259,6 +262,20 @@ func (t *Table) whileFree(uid types.UID, f func()) {
 	if !taken {
 		defer t.release(uid)
 		f()
+	}
+}
+
+// sweepLogs removes the logs of a pod of which only the UID is known.
+func (t *Table) sweepLogs(uid types.UID) {
+	entries, err := os.ReadDir(t.cfg.Node.PodLogsDir)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		// No part of it has an underscore: names are DNS labels.
+		if p := strings.Split(e.Name(), "_"); len(p) == 3 && p[2] == string(uid) {
+			t.removeLogs(p[0], p[1], uid)
+		}
 	}
 }
 

@@ -172,12 +172,6 @@ func killAll(m cgroups.Manager, sig unix.Signal) error {
 				return nil
 			} // before Linux 5.14: the loop below
 		}
-		if path := m.Path("freezer"); path != "" {
-			// A frozen process does not die.
-			if st, err := m.GetFreezerState(); err == nil && st == cgroups.Frozen {
-				defer func() { _ = m.Freeze(cgroups.Thawed) }()
-			}
-		}
 	}
 	pause := time.Millisecond
 	for deadline := time.Now().Add(killPatience); ; {
@@ -212,6 +206,12 @@ func killAll(m cgroups.Manager, sig unix.Signal) error {
 		}
 		if sig != unix.SIGKILL || !alive {
 			return nil
+		}
+		if m.Path("freezer") != "" {
+			// A frozen process does not die before it goes on.
+			if st, err := m.GetFreezerState(); err == nil && st == cgroups.Frozen {
+				_ = m.Freeze(cgroups.Thawed)
+			}
 		}
 		time.Sleep(pause)
 		pause = min(2*pause, 50*time.Millisecond)

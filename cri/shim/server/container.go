@@ -211,6 +211,11 @@ func (c *container) config(spec *shim.ContainerSpec) (*configs.Config, *filter, 
 	if err != nil {
 		return nil, nil, fmt.Errorf("spec: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
+	if r := config.Cgroups.Resources; spec.SystemdCgroup && r.PidsLimit == nil {
+		// Or else systemd limits the scope by DefaultTasksMax, as nobody has asked.
+		none := int64(-1)
+		r.PidsLimit = &none
+	}
 	score := 0 // not ours, which would be inherited
 	if config.OomScoreAdj != nil {
 		score = *config.OomScoreAdj
