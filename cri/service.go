@@ -37,9 +37,11 @@ type Config struct {
 	LogMaxSize  int64
 	LogMaxFiles int
 	// Resolve follows the links of a host path and makes a directory where
-	// there is nothing; nil: by looking. Whoever has foreign file systems among
-	// the paths sees to it here that the daemon does not hang in one.
-	Resolve func(ctx context.Context, path string) (string, error)
+	// there is nothing; nil: by looking. It also returns which of nosuid, nodev
+	// and noexec the mount has that the path is on. Whoever has foreign file
+	// systems among the paths sees to it here that the daemon does not hang in
+	// one.
+	Resolve func(ctx context.Context, path string) (is string, flags []string, err error)
 	// CDIDirs are searched for CDI specifications; nil: /etc/cdi, /var/run/cdi.
 	CDIDirs []string
 	// StreamingAddr is where exec, attach and port-forward connections are
@@ -155,7 +157,7 @@ func (c *Config) complete() error {
 		}
 	}
 	if c.Resolve == nil {
-		c.Resolve = func(_ context.Context, p string) (string, error) { return lookupSource(p) }
+		c.Resolve = func(_ context.Context, p string) (string, []string, error) { return lookupSource(p) }
 	}
 	if c.CDIDirs == nil {
 		c.CDIDirs = []string{"/etc/cdi", "/var/run/cdi"}

@@ -98,7 +98,7 @@ func (s *Service) sandboxMounts(in *specInput) []*runtimeapi.Mount {
 // bindMount turns one CRI mount into OCI's. A source that does not exist
 // becomes a directory, as with containerd.
 func (s *Service) bindMount(ctx context.Context, m *runtimeapi.Mount, mountLabel string, spec *specs.Spec) (*specs.Mount, error) {
-	src, err := s.resolveSource(ctx, m.GetHostPath())
+	src, flags, err := s.resolveSource(ctx, m.GetHostPath())
 	if err != nil {
 		return nil, fmt.Errorf("host path %q for %q: %w", clip(m.GetHostPath()), clip(m.GetContainerPath()), err)
 	}
@@ -127,10 +127,11 @@ func (s *Service) bindMount(ctx context.Context, m *runtimeapi.Mount, mountLabel
 	case m.GetRecursiveReadOnly():
 		options = append(options, "rro")
 	case m.GetReadonly():
-		options = append(options, "ro")
-	default:
-		options = append(options, "rw")
+		// Or else libcontainer takes the source's flags off.
+		options = append(append(options, "ro"), flags...)
 	}
+	// Nor says "rw" anything: what is mounted nosuid or read-only on the host is
+	// so in the container.
 	if m.GetSelinuxRelabel() && mountLabel != "" {
 		if err := label.Relabel(src, mountLabel, false); err != nil && !errors.Is(err, unix.ENOTSUP) {
 			return nil, fmt.Errorf("relabel %q with %q: %w", src, mountLabel, err)
@@ -151,51 +152,65 @@ func (s *Service) bindMount(ctx context.Context, m *runtimeapi.Mount, mountLabel
 // following, so a link exchanged meanwhile cannot make the answer a mixture. A
 // dead network file system blocks such a look-up for ever; then the request
 // ends with its context, naming the path, and the thread waits alone.
-func (s *Service) resolveSource(ctx context.Context, p string) (string, error) {
+func (s *Service) resolveSource(ctx context.Context, p string) (string, []string, error) {
 	type answer struct {
-		path string
-		err  error
+		path  string
+		flags []string
+		err   error
 	}
 	done := make(chan answer, 1)
 	if !s.sources.enter(p) {
-		return "", fmt.Errorf("an earlier look-up of it still hangs (a dead network file system?): %w", errdefs.ErrUnavailable)
+		return "", nil, fmt.Errorf("an earlier look-up of it still hangs (a dead network file system?): %w", errdefs.ErrUnavailable)
 	}
 	go func() {
 		defer s.sources.leave(p)
-		r, err := s.cfg.Resolve(ctx, p)
-		done <- answer{r, err}
+		r, flags, err := s.cfg.Resolve(ctx, p)
+		done <- answer{r, flags, err}
 	}()
 	select {
 	case a := <-done:
-		return a.path, a.err
+		return a.path, a.flags, a.err
 	case <-ctx.Done():
 		s.sources.hung(p)
-		return "", fmt.Errorf("look-up hangs (a dead network file system?): %w", context.Cause(ctx))
+		return "", nil, fmt.Errorf("look-up hangs (a dead network file system?): %w", context.Cause(ctx))
 	}
 }
 
-func lookupSource(p string) (string, error) {
+func lookupSource(p string) (string, []string, error) {
 	fd, err := unix.Open(p, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) {
 		if err := os.MkdirAll(p, 0o755); err != nil {
-			return "", err
+			return "", nil, err
 		}
 		fd, err = unix.Open(p, unix.O_PATH|unix.O_CLOEXEC, 0)
 	}
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	defer unix.Close(fd)
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return "", nil, os.NewSyscallError("fstatfs", err)
+	}
+	var flags []string
+	for _, f := range []struct {
+		bit  int64
+		name string
+	}{{unix.ST_NOSUID, "nosuid"}, {unix.ST_NODEV, "nodev"}, {unix.ST_NOEXEC, "noexec"}} {
+		if st.Flags&f.bit != 0 {
+			flags = append(flags, f.name)
+		}
+	}
 	r, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	if !path.IsAbs(r) || strings.HasSuffix(r, " (deleted)") {
 		// Not reachable by a path (a descriptor in /proc): the name given is
 		// the only one that there is.
-		return p, nil
+		return p, flags, nil
 	}
-	return r, nil
+	return r, flags, nil
 }
 
 // propagates checks that the mount a path is on passes mounts on: shared for

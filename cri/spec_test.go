@@ -294,8 +294,8 @@ func TestSpecMounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	for at, want := range map[string]string{
-		"/a": real + " [rbind rprivate ro]", "/a/b/c": made + " [rbind rprivate rw]", "/a/r": real + " [rbind rprivate rro]",
-		"/etc/hosts": real + " [rbind rprivate rw]", "/vol": real + " [rbind rprivate rw]", "/rel": real + " [rbind rprivate rw]",
+		"/a": real + " [rbind rprivate ro]", "/a/b/c": made + " [rbind rprivate]", "/a/r": real + " [rbind rprivate rro]",
+		"/etc/hosts": real + " [rbind rprivate]", "/vol": real + " [rbind rprivate]", "/rel": real + " [rbind rprivate]",
 	} {
 		m := findMount(spec, at)
 		if m == nil {

@@ -23,7 +23,12 @@ import (
 	"github.com/podd-runtime/podd/integration/node"
 )
 
-func TestMain(m *testing.M) { node.Main(m.Run) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(fuseServer); dir != "" {
+		os.Exit(serveFuse(dir))
+	}
+	node.Main(m.Run)
+}
 
 const (
 	testserver = "podd.test/testserver:1"

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 
 	"github.com/podd-runtime/podd/integration/node"
@@ -283,4 +284,35 @@ func TestMountPropagation(t *testing.T) {
 		t.Error(err)
 	}
 	syscall.Unmount(host+"/host", syscall.MNT_DETACH)
+}
+
+// TestRestrictionsOfAMountHold: what the host has mounted nosuid or noexec is so
+// in containers, by every way into them.
+func TestRestrictionsOfAMountHold(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Mkdir(dir+"/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n := start(t)
+	volume, script := "hostPath: {path: "+dir+"}", "exec sleep 10000"
+	ways := map[string]string{"rw": "", "ro": ", readOnly: true", "rro": ", readOnly: true, recursiveReadOnly: Enabled", "sub": ", subPath: sub", "subro": ", subPath: sub, readOnly: true"}
+	for name, mount := range ways {
+		n.Write(name+".yaml", user(name, volume, mount, script))
+	}
+	n.WaitRunning(slices.Collect(maps.Keys(ways))...)
+	for name, mount := range ways {
+		line := n.OK("exec", node.PodName(name), "--", "grep", " /data ", "/proc/mounts")
+		options := strings.Split(strings.Fields(line)[3], ",")
+		if slices.Contains(options, "ro") != strings.Contains(mount, "readOnly") || !slices.Contains(options, "nosuid") || !slices.Contains(options, "noexec") {
+			t.Errorf("%s: %s", name, line)
+		}
+	}
 }

@@ -63,6 +63,7 @@ type mountEntry struct {
 	parent uint64
 	device string // major:minor
 	point  string
+	flags  string // of this mount, not of the filesystem: "rw,nosuid"
 	fstype string
 	source string
 }
@@ -96,7 +97,7 @@ func parseMounts(data []byte) (*mountTable, error) {
 			return nil, fmt.Errorf("mountinfo: line %q: %w", line, err)
 		}
 		t.entries = append(t.entries, mountEntry{
-			id: id, parent: parent, device: fields[2], point: unescape(fields[4]), fstype: rest[0], source: unescape(rest[1]),
+			id: id, parent: parent, device: fields[2], point: unescape(fields[4]), flags: fields[5], fstype: rest[0], source: unescape(rest[1]),
 		})
 	}
 	return t, nil
@@ -130,6 +131,27 @@ func (t *mountTable) at(point string) *mountEntry {
 		}
 	}
 	return nil
+}
+
+// restrictions are those of nosuid, nodev and noexec that hold at a path without
+// links.
+func (t *mountTable) restrictions(path string) (flags []string) {
+	var on *mountEntry // the deepest, and of those the last
+	for i := range t.entries {
+		e := &t.entries[i]
+		if (on == nil || len(e.point) >= len(on.point)) && (e.point == "/" || path == e.point || strings.HasPrefix(path, e.point+"/")) {
+			on = e
+		}
+	}
+	if on == nil {
+		return nil
+	}
+	for f := range strings.SplitSeq(on.flags, ",") {
+		if f == "nosuid" || f == "nodev" || f == "noexec" {
+			flags = append(flags, f)
+		}
+	}
+	return flags
 }
 
 // below returns the mounts strictly below path, the last mounted first, so that

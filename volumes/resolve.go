@@ -14,25 +14,30 @@ import (
 // Resolve follows the links of a host path that is to be mounted and returns
 // where they lead, making a directory where there is nothing. The kernel does
 // the following, so a link exchanged meanwhile cannot make the answer a
-// mixture. Where the path leads through a foreign filesystem a helper looks.
-func (v *Volumes) Resolve(ctx context.Context, p string) (string, error) {
+// mixture. Where the path leads through a foreign filesystem a helper looks. It
+// also returns which of nosuid, nodev and noexec the mount has that it is on.
+func (v *Volumes) Resolve(ctx context.Context, p string) (is string, flags []string, err error) {
 	table, err := readMounts()
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	if !table.foreignPath(p) {
-		return resolve(p)
-	}
-	if table.at(p) != nil {
+	switch {
+	case !table.foreignPath(p):
+		is, err = resolve(p)
+	case table.at(p) != nil:
 		// The root of a mount is a directory, and no name on the way to it is
 		// a link: the mount table has real paths.
-		return p, nil
+		is = p
+	default:
+		var res *response
+		if res, err = v.ask(ctx, foreignTimeout, request{Op: opResolve, Path: p}); err == nil {
+			is = res.Path
+		}
 	}
-	res, err := v.ask(ctx, foreignTimeout, request{Op: opResolve, Path: p})
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	return res.Path, nil
+	return is, table.restrictions(is), nil
 }
 
 func resolve(p string) (string, error) {

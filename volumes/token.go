@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -28,8 +29,9 @@ const (
 // tokens are the service account tokens that pods have in their volumes. They
 // are kept in memory alone, and on the pods' own tmpfs.
 type tokens struct {
-	mu   sync.Mutex
-	have map[tokenKey]token
+	mu     sync.Mutex
+	have   map[tokenKey]token
+	asking singleflight.Group // by tokenKey: a volume may be set up and renewed at once
 }
 
 type tokenKey struct {
@@ -42,6 +44,13 @@ type tokenKey struct {
 type token struct {
 	text            string
 	issued, expires time.Time
+}
+
+func (t *tokens) get(key tokenKey) (token, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	have, known := t.have[key]
+	return have, known
 }
 
 // fresh says that a token need not be renewed yet.
@@ -63,21 +72,28 @@ func (v *Volumes) token(ctx context.Context, pod *v1.Pod, source *v1.ServiceAcco
 	}
 	key := tokenKey{pod.UID, pod.Spec.ServiceAccountName, source.Audience, seconds}
 	now := time.Now()
-	v.tokens.mu.Lock()
-	have, known := v.tokens.have[key]
-	v.tokens.mu.Unlock()
+	have, known := v.tokens.get(key)
 	if known && have.fresh(now) {
 		return have.text, nil
 	}
-	text, expires, err := v.cfg.Tokens.Token(ctx, pod, source.Audience, time.Duration(seconds)*time.Second)
-	if err == nil {
+	asked, err, _ := v.tokens.asking.Do(fmt.Sprint(key), func() (any, error) {
+		if have, _ := v.tokens.get(key); have.fresh(now) { // come meanwhile
+			return have.text, nil
+		}
+		text, expires, err := v.cfg.Tokens.Token(ctx, pod, source.Audience, time.Duration(seconds)*time.Second)
+		if err != nil {
+			return "", err
+		}
 		v.tokens.mu.Lock()
+		defer v.tokens.mu.Unlock()
 		if v.tokens.have == nil {
 			v.tokens.have = map[tokenKey]token{}
 		}
 		v.tokens.have[key] = token{text: text, issued: now, expires: expires}
-		v.tokens.mu.Unlock()
 		return text, nil
+	})
+	if err == nil {
+		return asked.(string), nil
 	}
 	err = fmt.Errorf("serviceAccountToken for service account %s/%s, audience %q: %w", pod.Namespace, pod.Spec.ServiceAccountName, source.Audience, err)
 	if !errors.Is(err, errdefs.ErrUnavailable) {

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -38,6 +39,27 @@ func tokenPod() *v1.Pod {
 	}}}})
 	p.Spec.SecurityContext = &v1.PodSecurityContext{RunAsUser: &user}
 	return p
+}
+
+// TestTokenIsAskedForOnce: a volume may be set up and renewed at the same time.
+func TestTokenIsAskedForOnce(t *testing.T) {
+	v, _ := testVolumes(t)
+	source := &fakeTokens{valid: 10 * time.Minute}
+	v.cfg.Tokens = source
+	p := tokenPod()
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			_, err := v.token(t.Context(), p, p.Spec.Volumes[0].Projected.Sources[0].ServiceAccountToken, func() string { return "" })
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if source.made != 1 {
+		t.Errorf("%d tokens were asked for", source.made)
+	}
 }
 
 func TestTokenIsRenewedInTime(t *testing.T) {

@@ -108,7 +108,7 @@ func measureExec(ctx context.Context, o options, n node, images *imageServer, ou
 	return nil
 }
 
-const probes = `apiVersion: v1
+const probed = `apiVersion: v1
 kind: Pod
 metadata: {name: %[1]s, namespace: default}
 spec:
@@ -119,18 +119,36 @@ spec:
     image: %[2]s
     imagePullPolicy: IfNotPresent
     args: [%[1]s]
-    livenessProbe: {exec: {command: [/payload, =probe]}, periodSeconds: %[4]d, timeoutSeconds: 60, failureThreshold: 1000}
-    readinessProbe: {exec: {command: [/payload, =probe]}, periodSeconds: %[4]d, timeoutSeconds: 60, failureThreshold: 1000}
     volumeMounts: [{name: out, mountPath: /out}]
-  volumes: [{name: out, hostPath: {path: %[3]s, type: Directory}}]
+%[4]s  volumes: [{name: out, hostPath: {path: %[3]s, type: Directory}}]
 `
 
-// measureProbes runs pods with two exec probes each and counts what became of them.
+// probe is one of such a pod; nothing that a benchmark does lets it fail.
+func probe(kind string, period time.Duration) string {
+	return fmt.Sprintf("    %s: {exec: {command: [/payload, =probe]}, periodSeconds: %d, timeoutSeconds: 60, failureThreshold: 1000}\n", kind, max(1, int(period.Seconds())))
+}
+
+// measureProbes runs pods with two exec probes each, as often as they can be
+// had, and counts what became of them.
 func measureProbes(ctx context.Context, o options, n node, images *imageServer, out string, r *report) error {
+	row := fmt.Sprintf("%d pods, two exec probes each per %s: CPU", o.pods, o.probePeriod)
+	return measureProbed(ctx, o, n, images, out, r, row, probe("livenessProbe", o.probePeriod), probe("readinessProbe", o.probePeriod))
+}
+
+// measureRest runs pods that do nothing but answer a probe now and then, as
+// most pods of most nodes.
+func measureRest(ctx context.Context, o options, n node, images *imageServer, out string, r *report) error {
+	const period = 10 * time.Second
+	o.idle = max(o.idle, 3*period)
+	row := fmt.Sprintf("at rest, %d pods, one exec probe each per %s: CPU", o.pods, period)
+	return measureProbed(ctx, o, n, images, out, r, row, probe("readinessProbe", period))
+}
+
+func measureProbed(ctx context.Context, o options, n node, images *imageServer, out string, r *report, row string, probes ...string) error {
 	names := make([]string, o.pods)
 	for i := range names {
 		names[i] = fmt.Sprintf("probed-%d", i)
-		text := fmt.Sprintf(probes, names[i], images.payload(), out, max(1, int(o.probePeriod.Seconds())))
+		text := fmt.Sprintf(probed, names[i], images.payload(), out, strings.Join(probes, ""))
 		if err := os.WriteFile(filepath.Join(n.manifests(), names[i]+".yaml"), []byte(text), 0o644); err != nil {
 			return err
 		}
@@ -146,9 +164,11 @@ func measureProbes(ctx context.Context, o options, n node, images *imageServer, 
 		}
 		return st.Size()
 	}
-	if err := until(ctx, "probes", time.Minute, func() bool { return size() > int64(2*o.pods) }); err != nil {
+	begin := size()
+	if err := until(ctx, "probes", time.Minute, func() bool { return size()-begin > int64(len(probes)*o.pods) }); err != nil {
 		return err
 	}
+	settle(ctx)
 	c0, s0, t0 := cpuOfAll(), size(), time.Now()
 	select {
 	case <-ctx.Done():
@@ -158,8 +178,7 @@ func measureProbes(ctx context.Context, o options, n node, images *imageServer, 
 	span, done := time.Since(t0), size()-s0
 	spent := cpuOfAll() - c0
 	share := 100 * float64(spent) / float64(span)
-	row := fmt.Sprintf("%d pods, two exec probes each per %s: CPU", o.pods, o.probePeriod)
-	r.set(row, n.name(), fmt.Sprintf("%.0f %% of a core", share), share)
+	r.set(row, n.name(), fmt.Sprintf("%.1f %% of a core", share), share)
 	r.set("… probes run", n.name(), fmt.Sprintf("%.0f / s", float64(done)/span.Seconds()), 0)
 	each := spent / time.Duration(max(done, 1))
 	r.set("… CPU per probe", n.name(), ms(each), float64(each))

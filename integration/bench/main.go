@@ -5,7 +5,7 @@
 // It runs as root in network and mount namespaces of its own (it enters them
 // itself), so that nothing it makes is left on the machine or reaches another.
 //
-//	bench -bin DIR -peers DIR [-pods 100] [-rounds 20] [-only floor,start,burst,cri,exec,probes,flood,lines,volumes,cluster]
+//	bench -bin DIR -peers DIR [-pods 100] [-rounds 20] [-only floor,start,burst,cri,exec,rest,probes,flood,lines,volumes,cluster]
 package main
 
 import (
@@ -46,7 +46,7 @@ func main() {
 	flag.IntVar(&o.pods, "pods", 100, "pods dropped at once")
 	flag.IntVar(&o.rounds, "rounds", 20, "rounds of the single measurements")
 	flag.DurationVar(&o.idle, "idle", 30*time.Second, "how long idle CPU is observed")
-	flag.StringVar(&o.only, "only", "", "parts to run: floor,start,burst,cri,exec,probes,flood,lines,volumes,cluster (default all)")
+	flag.StringVar(&o.only, "only", "", "parts to run: floor,start,burst,cri,exec,rest,probes,flood,lines,volumes,cluster (default all)")
 	flag.DurationVar(&o.probePeriod, "probe-period", time.Second, "period of the exec probes, in whole seconds")
 	flag.Int64Var(&o.flood, "flood", 1024, "MiB that one container writes to its log")
 	flag.StringVar(&o.nodes, "nodes", "podd,peer", "which to measure")

@@ -142,7 +142,7 @@ func measureNode(ctx context.Context, o options, n node, r *report) error {
 		name    string
 		measure func(context.Context, options, node, *imageServer, string, *report) error
 	}{
-		{"cri", measureCRI}, {"exec", measureExec}, {"probes", measureProbes}, {"flood", measureFlood}, {"lines", measureLines}, {"volumes", measureVolumes},
+		{"cri", measureCRI}, {"exec", measureExec}, {"rest", measureRest}, {"probes", measureProbes}, {"flood", measureFlood}, {"lines", measureLines}, {"volumes", measureVolumes},
 	} {
 		if !o.runs(part.name) {
 			continue

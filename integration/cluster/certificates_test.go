@@ -58,7 +58,7 @@ func TestBootstrap(t *testing.T) {
 	if _, err := served(address, p.CA()); err == nil {
 		t.Error("a serving certificate without an approval")
 	}
-	s.approveServing("joiner")
+	s.approveServing("joiner", time.Minute)
 	var serving *x509.Certificate
 	s.await("a serving certificate of the cluster's", time.Minute, func(context.Context) error {
 		var err error
@@ -89,9 +89,9 @@ func TestBootstrap(t *testing.T) {
 }
 
 // approveServing certificate requests of a node, as an administrator does.
-func (s *space) approveServing(name string) {
+func (s *space) approveServing(name string, timeout time.Duration) {
 	s.Helper()
-	s.await("a request for a serving certificate", time.Minute, func(ctx context.Context) error {
+	s.await("a request for a serving certificate", timeout, func(ctx context.Context) error {
 		list, err := s.Client.CertificatesV1().CertificateSigningRequests().List(ctx, metav1.ListOptions{FieldSelector: "spec.signerName=" + certificatesv1.KubeletServingSignerName})
 		if err != nil {
 			return err
@@ -126,16 +126,37 @@ func TestCertificatesRotate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := p.NewNodeWith(t, "rotation", "--bootstrap-kubeconfig", bootstrap, "--client-ca-file", p.CA(), "--port", strconv.Itoa(control.FreePort(t)), "--rotate-certificates")
+	port := control.FreePort(t)
+	n := p.NewNodeWith(t, "rotation", "--bootstrap-kubeconfig", bootstrap, "--client-ca-file", p.CA(), "--port", strconv.Itoa(port),
+		"--rotate-certificates", "--rotate-server-certificates")
 	pki := filepath.Join(n.Dir, "pki")
 	n.Extra("--kubeconfig", filepath.Join(n.Dir, "kubeconfig"), "--cert-dir", pki)
 	mirror(t, n)
 	n.Start()
-	s.awaitNode("rotation", v1.ConditionTrue)
+	is := s.awaitNode("rotation", v1.ConditionTrue)
+	address := net.JoinHostPort(internalIP(is), strconv.Itoa(port))
+	s.approveServing("rotation", time.Minute)
+	var serving *x509.Certificate
+	s.await("a serving certificate", time.Minute, func(context.Context) (err error) {
+		serving, err = served(address, p.CA())
+		return err
+	})
 	current := filepath.Join(pki, "kubelet-client-current.pem")
 	first := certificate(t, current)
 	if life := time.Until(first.NotAfter); life > 2*time.Minute {
 		t.Fatalf("the first certificate lives for %v", life)
+	}
+	// An administrator approves the next one for serving before this one ends.
+	s.approveServing("rotation", 3*time.Minute)
+	s.await("another serving certificate", time.Minute, func(context.Context) error {
+		now, err := served(address, p.CA())
+		if err == nil && now.Equal(serving) {
+			err = errors.New("it is the first one")
+		}
+		return err
+	})
+	if left := time.Until(serving.NotAfter); left < 0 {
+		t.Errorf("the first serving certificate had ended %v before another one was served", -left)
 	}
 	s.await("another certificate", 3*time.Minute, func(context.Context) error {
 		if certificate(t, current).Equal(first) {
@@ -151,6 +172,13 @@ func TestCertificatesRotate(t *testing.T) {
 	})
 	s.create(serverOf("web"))
 	s.awaitReady("web")
+	s.approveServing("rotation", 3*time.Minute)
+	s.await("logs over the next serving certificate", time.Minute, func(ctx context.Context) error {
+		if _, errOut, err := s.run(ctx, nil, "logs", "web"); err != nil {
+			return fmt.Errorf("%w: %s", err, errOut)
+		}
+		return nil
+	})
 }
 
 // TestClientCAIsReloaded has another authority's clients let in when the file

@@ -62,7 +62,7 @@ func TestMain(m *testing.M) {
 func prepare() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Minute)
 	defer cancel()
-	names := append([]string{"e2e.test", "ginkgo", "agnhost"}, control.WithServices...)
+	names := append([]string{"e2e.test", "e2e_node.test", "ginkgo", "agnhost"}, control.WithServices...)
 	cmd := exec.CommandContext(ctx, fromRoot("integration", "peer", "build.sh"), append([]string{peers()}, names...)...)
 	cmd.WaitDelay = 5 * time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -72,7 +72,7 @@ func prepare() error {
 	return err
 }
 
-// TestUpstream has each spec of upstream's suite be a subtest.
+// TestUpstream runs upstream's suite for clusters.
 func TestUpstream(t *testing.T) {
 	if !full() {
 		t.Skip("upstream's suite is part of the long form (make e2e)")
@@ -82,7 +82,12 @@ func TestUpstream(t *testing.T) {
 	}
 	plane := startPlane(t)
 	startNode(t, plane)
-	for _, spec := range suite(t, plane) {
+	tell(t, suite(t, plane))
+}
+
+// tell has each spec that was run be a subtest.
+func tell(t *testing.T, specs []spec) {
+	for _, spec := range specs {
 		if spec.LeafNodeType == "It" && (spec.State != "skipped" || spec.Failure.Message != "") {
 			t.Run(spec.name(), spec.result)
 		}
@@ -113,22 +118,8 @@ func startPlane(t *testing.T) *control.Plane {
 // startNode returns when the node is ready and pods may come.
 func startNode(t *testing.T, p *control.Plane) *node.Node {
 	t.Helper()
-	all, err := builder().E2E(t.Context(), filepath.Join(peers(), "agnhost"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := images.Serve("127.0.0.1:0", "", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { r.Close() })
-	for name, img := range all {
-		if _, err := r.Push(t.Context(), name, img); err != nil {
-			t.Fatal(err)
-		}
-	}
 	n := p.NewNode(t, control.NodeName, "--node-ip", isolated.NodeIP)
-	n.Mirror(r.Addr)
+	mirror(t, n)
 	n.Start()
 	node.Await(t, "the node ready", time.Minute, func() bool {
 		is, err := p.Client.CoreV1().Nodes().Get(t.Context(), control.NodeName, metav1.GetOptions{})
@@ -143,6 +134,26 @@ func startNode(t *testing.T, p *control.Plane) *node.Node {
 		return false
 	})
 	return n
+}
+
+// mirror makes a node find the tests' images.
+func mirror(t *testing.T, n *node.Node) {
+	t.Helper()
+	all, err := builder().E2E(t.Context(), filepath.Join(peers(), "agnhost"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := images.Serve("127.0.0.1:0", "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	for name, img := range all {
+		if _, err := r.Push(t.Context(), name, img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.Mirror(r.Addr)
 }
 
 // spec is what is read of ginkgo's report of one.
@@ -192,21 +203,32 @@ func suite(t *testing.T, p *control.Plane) []spec {
 	if err := os.MkdirAll(out, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{
-		"run", "--no-color", "--silence-skips", "--timeout=90m", "--output-dir=" + out, "--json-report=report.json",
-		"--procs=" + setting("PODD_E2E_PROCS", "4"),
-		"--focus=" + setting("PODD_E2E_FOCUS", defaultFocus), "--skip=" + setting("PODD_E2E_SKIP", defaultSkip),
-		filepath.Join(peers(), "e2e.test"), "--",
-		"-kubeconfig=" + p.Kubeconfig("admin"), "-provider=local", "-num-nodes=1", "-report-dir=" + out,
+	args := append(ginkgo(out, defaultFocus, defaultSkip), filepath.Join(peers(), "e2e.test"), "--",
+		"-kubeconfig="+p.Kubeconfig("admin"), "-provider=local", "-num-nodes=1", "-report-dir="+out,
 		"-non-blocking-taints=", "-disable-log-dump", "-node-os-distro=custom",
-	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(peers(), "ginkgo"), args...)
+	)
+	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
 	cmd.Dir, cmd.WaitDelay = out, 10*time.Second
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+p.Kubeconfig("admin"))
 	text, runErr := cmd.CombinedOutput()
+	return report(t, out, fmt.Sprintf("%v\n%s", runErr, text))
+}
+
+// ginkgo is the command line that runs specs and reports to a directory.
+func ginkgo(out, focus, skip string) []string {
+	return []string{
+		filepath.Join(peers(), "ginkgo"), "run", "--no-color", "--silence-skips", "--timeout=90m", "--output-dir=" + out, "--json-report=report.json",
+		"--procs=" + setting("PODD_E2E_PROCS", "4"),
+		"--focus=" + setting("PODD_E2E_FOCUS", focus), "--skip=" + setting("PODD_E2E_SKIP", skip),
+	}
+}
+
+// report reads ginkgo's; text is what there is instead.
+func report(t *testing.T, out, text string) []spec {
+	t.Helper()
 	b, err := os.ReadFile(filepath.Join(out, "report.json"))
 	if err != nil {
-		t.Fatalf("no report: %v, %v\n%s", runErr, err, text)
+		t.Fatalf("no report: %v, %s", err, text)
 	}
 	var reports []struct {
 		SpecialSuiteFailureReasons []string

@@ -216,7 +216,23 @@ func (n *Node) Start() {
 // Launch starts the daemon.
 func (n *Node) Launch() {
 	n.t.Helper()
-	o := order{Args: append([]string{filepath.Join(n.Bin, "podd"), "run"}, n.Args()...), Log: n.at("podd.log"), Env: os.Environ()}
+	pid := n.order(order{Args: append([]string{filepath.Join(n.Bin, "podd"), "run"}, n.Args()...), Log: n.at("podd.log"), Env: os.Environ()})
+	n.mu.Lock()
+	n.pid, n.running = pid, true
+	n.mu.Unlock()
+}
+
+// Run runs a program that starts daemons of this node itself, in the daemon's
+// place: what these leave behind is reaped. It returns the exit status.
+func (n *Node) Run(log string, env []string, args ...string) int {
+	n.t.Helper()
+	n.order(order{Args: args, Log: log, Env: env})
+	r := <-n.exited
+	return r.Status
+}
+
+func (n *Node) order(o order) (pid int) {
+	n.t.Helper()
 	b, err := json.Marshal(o)
 	if err != nil {
 		n.t.Fatal(err)
@@ -226,11 +242,9 @@ func (n *Node) Launch() {
 	}
 	r := <-n.started
 	if r.Error != "" {
-		n.t.Fatalf("start podd: %s", r.Error)
+		n.t.Fatalf("start %s: %s", o.Args[0], r.Error)
 	}
-	n.mu.Lock()
-	n.pid, n.running = r.PID, true
-	n.mu.Unlock()
+	return r.PID
 }
 
 // WaitAnswers waits until a daemon that was launched answers.

@@ -5,7 +5,7 @@
 #
 #   build.sh DIR [NAME…]    NAME: kubelet containerd runc cni critest ginkgo crictl
 #                           etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
-#                           kube-proxy metrics-server e2e.test agnhost
+#                           kube-proxy metrics-server e2e.test e2e_node.test agnhost
 #                           (default: the first four)
 #
 # critest pulls one image by a digest compiled into it; $CRITEST_PINNED, if set,
@@ -59,7 +59,7 @@ kubernetes() {
 for peer; do
 	files=$peer
 	case $peer in
-	kubelet | kube-* | kubectl | e2e.test) version=$K8S ;;
+	kubelet | kube-* | kubectl | e2e.test | e2e_node.test) version=$K8S ;;
 	agnhost) version=$K8S files="agnhost localhost.crt localhost.key" ;;
 	etcd) version=$ETCD ;;
 	metrics-server) version=$METRICS ;;
@@ -84,10 +84,10 @@ for peer; do
 		for f in localhost.crt localhost.key; do # it serves with these
 			install -m 755 "$dir/test/images/agnhost/porter/$f" "$out/"
 		done ;;
-	e2e.test)
+	e2e.test | e2e_node.test)
 		[ -x "$out/$peer" ] && continue
 		kubernetes "$peer"
-		CGO_ENABLED=0 go test -vet=off -c -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/test/e2e" ;;
+		CGO_ENABLED=0 go test -vet=off -c -ldflags "$VERSIONED" -o "$out/$peer" "k8s.io/kubernetes/test/${peer%.test}" ;;
 	metrics-server)
 		[ -x "$out/$peer" ] && continue
 		kubernetes "$peer" # for the same versions of the libraries

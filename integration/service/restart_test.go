@@ -25,13 +25,13 @@ func TestServicesRestartWithoutDisturbingPods(t *testing.T) {
 	if shim == "0" {
 		t.Fatal("podd-shim is not its service's main process")
 	}
-	tree := sh(t, "systemd-cgls --no-pager -x /kubepods.slice")
+	tree := sh(t, "systemd-cgls --no-pager --xattr=yes /kubepods.slice")
 	t.Log(tree)
 	if uid := strings.ReplaceAll(string(pods()["web"].UID), "-", "_"); !strings.Contains(tree, "kubepods-pod"+uid+".slice") {
 		t.Errorf("systemd-cgls does not show the pod's slice kubepods-pod%s.slice", uid)
 	}
 	if !strings.Contains(tree, "default/web-node") {
-		t.Error("systemd-cgls -x does not show the pod's name")
+		t.Error("systemd-cgls --xattr=yes does not show the pod's name")
 	}
 
 	a := ask("http://127.0.0.1:18080/hostname")
