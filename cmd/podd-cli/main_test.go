@@ -406,10 +406,10 @@ func TestStopAllWithoutADaemon(t *testing.T) {
 	if err := (api.Last{Program: program, Dir: "/usr", Args: []string{"--run-dir", d.dir}}).Save(d.dir); err != nil {
 		t.Fatal(err)
 	}
-	if got := d.ok(t, "stop", "--all"); !strings.Contains(got, "all pods stopped") {
+	if got := d.ok(t, "stop", "--all", "--grace-period=5"); !strings.Contains(got, "all pods stopped") {
 		t.Errorf("got %q", got)
 	}
-	if got, _ := os.ReadFile(out); string(got) != "/usr run --run-dir "+d.dir+" --drain\n" {
+	if got, _ := os.ReadFile(out); string(got) != "/usr run --run-dir "+d.dir+" --drain --drain-grace-period=5\n" {
 		t.Errorf("ran %q", got)
 	}
 	if err := d.run(t.Context(), nil, io.Discard, io.Discard, "stop", "web"); err == nil {
