@@ -109,14 +109,14 @@ func TestFuseServerHangs(t *testing.T) {
 	alive, hung := &bystanders{n: n}, &bystanders{n: n, made: 1000}
 	alive.round(t) // what is made once
 	*alive = bystanders{n: n, made: 100}
-	for range 5 {
+	for range 3 {
 		alive.round(t)
 	}
 	if err := server.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	n.WaitPods("told", 60*second, told(v1.ConditionFalse))
-	for range 5 {
+	for range 3 {
 		hung.round(t)
 	}
 	compare(t, alive, hung)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -73,12 +74,60 @@ type mountTable struct {
 	entries []mountEntry
 }
 
+// mounts is what the kernel has said last. A table of a node with hundreds of
+// pods is long, and each container's mounts ask for it.
+var mounts struct {
+	sync.Mutex
+	fd    int // not an os.File: the runtime's poller would see changes instead of us
+	table *mountTable
+}
+
+// readMounts returns the table as it is now; it must not be changed.
 func readMounts() (*mountTable, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
+	const name = "/proc/self/mountinfo"
+	mounts.Lock()
+	defer mounts.Unlock()
+	if mounts.fd == 0 {
+		fd, err := unix.Open(name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: name, Err: err}
+		}
+		mounts.fd = fd
 	}
-	return parseMounts(data)
+	// The kernel tells by an error that the table has changed since the file was
+	// polled last, or opened: proc_pid_mountinfo(5). So: polled first, then read.
+	fds := []unix.PollFd{{Fd: int32(mounts.fd), Events: unix.POLLPRI}}
+	_, err := unix.Poll(fds, 0)
+	if err == nil && mounts.table != nil && fds[0].Revents&(unix.POLLERR|unix.POLLPRI) == 0 {
+		return mounts.table, nil
+	}
+	mounts.table = nil
+	data, err := readAll(mounts.fd)
+	if err != nil {
+		return nil, &os.PathError{Op: "read", Path: name, Err: err}
+	}
+	mounts.table, err = parseMounts(data)
+	return mounts.table, err
+}
+
+// readAll reads a file of the kernel's from its beginning.
+func readAll(fd int) ([]byte, error) {
+	data := make([]byte, 0, 1<<14)
+	for {
+		if len(data) == cap(data) {
+			data = slices.Grow(data, cap(data))
+		}
+		n, err := unix.Pread(fd, data[len(data):cap(data)], int64(len(data)))
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return nil, err
+		case n == 0:
+			return data, nil
+		default:
+			data = data[:len(data)+n]
+		}
+	}
 }
 
 func parseMounts(data []byte) (*mountTable, error) {

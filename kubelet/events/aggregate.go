@@ -10,7 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// Upstream's client-go/tools/record puts events together when more than
+// Upstream's client-go/tools/record puts events together when as many as
 // similarMax of one kind with different messages come within similarWindow.
 const (
 	similarMax     = 10

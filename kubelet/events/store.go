@@ -155,7 +155,7 @@ func (s *Store) combine(k kind, now time.Time) bool {
 		s.similar[k] = m
 	}
 	m.messages++
-	return m.messages > similarMax
+	return m.messages >= similarMax
 }
 
 func (s *Store) touch(e *entry) {

@@ -57,11 +57,11 @@ func TestSimilarEventsAreCombined(t *testing.T) {
 		s.Eventf(ref, v1.EventTypeWarning, "Unhealthy", "probe failed: %d", i)
 	}
 	got := s.List("")
-	if len(got) != similarMax+1 {
-		t.Fatalf("%d events, want %d", len(got), similarMax+1)
+	if len(got) != similarMax {
+		t.Fatalf("%d events, want %d", len(got), similarMax)
 	}
 	last := got[len(got)-1]
-	if last.Message != combinedPrefix+"probe failed: 24" || last.Count != 15 {
+	if last.Message != combinedPrefix+"probe failed: 24" || last.Count != 16 {
 		t.Fatalf("combined event is %q ×%d", last.Message, last.Count)
 	}
 }
