@@ -119,9 +119,9 @@ func (v *Volumes) content(ctx context.Context, pod *v1.Pod, vol *v1.Volume) (fil
 			case s.ServiceAccountToken != nil:
 				err = v.addToken(ctx, out, pod, vol, s.ServiceAccountToken, def)
 			case s.ClusterTrustBundle != nil:
-				err = fmt.Errorf("clusterTrustBundle: needs a cluster, and this node has none: remove the source: %w", errdefs.ErrNotImplemented)
+				err = fmt.Errorf("clusterTrustBundle: not supported, as without upstream's gate ClusterTrustBundleProjection: remove the source: %w", errdefs.ErrNotImplemented)
 			case s.PodCertificate != nil:
-				err = fmt.Errorf("podCertificate: needs a cluster, and this node has none: remove the source: %w", errdefs.ErrNotImplemented)
+				err = fmt.Errorf("podCertificate: not supported, as without upstream's gate PodCertificateRequest: remove the source: %w", errdefs.ErrNotImplemented)
 			default:
 				err = fmt.Errorf("names no source: %w", errdefs.ErrInvalidArgument)
 			}
