@@ -32,6 +32,7 @@ func TestLibrariesLogThroughOurs(t *testing.T) {
 		klog.V(4).InfoS("detail", "port", 80)
 		klog.V(9).InfoS("noise")
 		klog.Background().V(4).Info("context")
+		klog.Background().V(8).Info("noise")
 		text := out.String()
 		for _, w := range append(tt.want, "part=library") {
 			if !strings.Contains(text, w) {

@@ -155,13 +155,14 @@ func newLog(cfg *config.Config) (*slog.Logger, func(v string) error) {
 	}
 	log := slog.New(handler)
 	slog.SetDefault(log) // for libraries
-	forwardKlog(log, uint32(cfg.Kubelet.Logging.Verbosity))
+	libraries := forwardKlog(log, uint32(cfg.Kubelet.Logging.Verbosity))
 	return log, func(v string) error {
 		n, err := strconv.ParseUint(v, 10, 31)
 		if err != nil {
 			return fmt.Errorf("level %q is not a number", v)
 		}
 		level.Set(config.LogLevel(uint32(n)))
+		libraries(uint32(n))
 		return nil
 	}
 }

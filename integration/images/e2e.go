@@ -29,6 +29,7 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 	root.dir("/var/run", 0o777)
 	root.dir("/uploads", 0o755)
 	maps.Copy(root, box)
+	maps.Copy(root, tree{"/bin/standin": {mode: 0o755, from: standin}, "/bin/nmeter": {link: "standin"}})
 	// It hands on variables whose names are no identifiers, as newer busyboxes do.
 	if err := root.program(d, "/bin/sh", "/bin/bash", "bash"); err != nil {
 		return nil, err
@@ -81,7 +82,7 @@ func (b *Builder) E2E(ctx context.Context, agnhost string) (map[string]v1.Image,
 			tree{"/data.json": {mode: 0o644, data: fmt.Appendf(nil, "{\n\"image\": \"%s.jpg\"\n}\n", name)}})
 		add(img, e, "e2e-test-images/"+name+":1.8")
 	}
-	img, e = image(v1.Config{Env: env, Cmd: []string{"sh"}}, root, tree{"/usr/bin/ipcs": {link: "/bin/standin"}, "/bin/standin": {mode: 0o755, from: standin}})
+	img, e = image(v1.Config{Env: env, Cmd: []string{"sh"}}, root, tree{"/usr/bin/ipcs": {link: "/bin/standin"}})
 	add(img, e, "e2e-test-images/ipc-utils:1.4")
 	return all, err
 }
