@@ -190,12 +190,13 @@ func (w *worker) runPostStart(l *life, a Action) {
 	})
 }
 
-// runPreStop runs the hook within what is left of the grace period. However
-// it ends, the signals come next.
+// runPreStop runs the hook, for which what is left of the grace period is waited
+// at most. However it ends, the signals come next, and with the container's end
+// that of a hook that still runs.
 func (w *worker) runPreStop(l *life, a Action) {
 	pod, c := l.d.Pod, spec.Container(l.d.Pod, a.Container)
 	h := w.hook(pod, c, a.ID, firstIP(&w.t.cfg.Node, pod, l.anySandbox()), c.Lifecycle.PreStop)
-	w.async(l, a, a.Grace, func(ctx context.Context) (func(), error) {
+	w.async(l, a, a.Grace+w.t.policy.MinGrace+w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
 		if err := h.run(ctx); err != nil {
 			w.log.Info("preStop hook failed", "container", c.Name, "error", err)
 			w.t.deps.Events.Eventf(spec.Ref(pod, c.Name), v1.EventTypeWarning, "FailedPreStopHook", "PreStopHook failed%s", hookExit(err))

@@ -74,6 +74,7 @@ type Kill struct {
 	Since    time.Time
 	Grace    time.Duration
 	HookDone bool
+	Unfit    bool // a probe had failed for good
 }
 
 func (k Kill) deadline() time.Time { return k.Since.Add(k.Grace) }

@@ -192,12 +192,8 @@ func (p *planner) kill(c *status.Container, spec *v1.Container, grace time.Durat
 		p.do(Action{Kind: Hook, ID: c.ID, Container: c.Name, Grace: deadline.Sub(p.now)})
 		return
 	}
-	if p.busy(Action{Kind: Hook, ID: c.ID}) {
-		if p.now.Before(deadline) {
-			p.wake(deadline)
-		} else {
-			p.cancel(Action{Kind: Hook, ID: c.ID})
-		}
+	if p.busy(Action{Kind: Hook, ID: c.ID}) && p.now.Before(deadline) {
+		p.wake(deadline) // then it goes on for as long as the container does
 		return
 	}
 	if !turn && p.now.Before(deadline) {

@@ -142,7 +142,8 @@ func (p *planner) wanted(c *v1.Container, n *status.Container) bool {
 	if n == nil || n.State == status.Created || p.o.Forced[c.Name] == n.ID || p.o.Changed[c.Name] {
 		return true
 	}
-	if _, killed := p.o.Kills[n.ID]; killed && p.restartsForResize(c) {
+	// What was ended by a probe is restarted whatever its exit code, as upstream.
+	if k, killed := p.o.Kills[n.ID]; killed && (p.restartsForResize(c) || k.Unfit && p.restartable(c)) {
 		return true
 	}
 	code := n.ExitCode

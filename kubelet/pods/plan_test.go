@@ -346,6 +346,7 @@ func sizes(cpu, memory string) v1.ResourceRequirements {
 
 func TestPlanRestart(t *testing.T) {
 	back := func(o *Observed) { o.Backoffs = map[string]Backoff{"a": {Delay: 10 * time.Second, Updated: t0}} }
+	unfit := func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second, Unfit: true}} }
 	for _, tc := range []planCase{
 		{name: "the first time at once", o: up().with(exited("a", 1)), want: "start a"},
 		{name: "then after the back-off", o: up().with(exited("a", 1)).set(back), want: " | a=CrashLoopBackOff | wake 10s"},
@@ -375,6 +376,12 @@ func TestPlanRestart(t *testing.T) {
 			g := int64(1)
 			p.Spec.Containers[0].LivenessProbe = &v1.Probe{TerminationGracePeriodSeconds: &g}
 		}), o: up().with(running("a")).set(func(o *Observed) { o.Verdicts = map[string]Verdict{"a0": {Liveness: true}} }), want: "order a0 1s"},
+		{name: "ended by a probe: on failure, whatever it exits with", mods: mods(onFailure), o: up().with(exited("a", 0)).set(unfit), want: "start a"},
+		{name: "ended by a probe: never", mods: mods(never), o: up().with(exited("a", 1)).set(unfit), want: "complete"},
+		{name: "ended by a probe: its own policy", mods: mods(func(p *v1.Pod) {
+			never := v1.ContainerRestartPolicyNever
+			p.Spec.Containers[0].RestartPolicy = &never
+		}), o: up().with(exited("a", 1)).set(unfit), want: "complete"},
 		{name: "ordered: stop with what is left", at: 2 * time.Second, o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second}} }), want: "stop a0 3s"},
 		{name: "the state is not known: end it before a second one", o: up().with(func() status.Container { c := running("a"); c.State = status.Unknown; return c }()), want: "order a0 5s"},
 		{name: "old instances go, the last one stays for its log", o: up().with(
@@ -430,9 +437,9 @@ func TestPlanStop(t *testing.T) {
 		{name: "and is waited for", d: g30, mods: mods(hooks), at: time.Second, o: up().with(running("a")).set(kill("a0")).set(func(o *Observed) {
 			o.Kills["a0"] = Kill{Since: t0, Grace: 30 * time.Second, HookDone: true}
 		}).busy("hook/a0"), want: " | wake 30s"},
-		{name: "until the grace period is over", d: g30, mods: mods(hooks), at: 30 * time.Second, o: up().with(running("a")).set(func(o *Observed) {
+		{name: "until the grace period is over, and goes on with the container", d: g30, mods: mods(hooks), at: 30 * time.Second, o: up().with(running("a")).set(func(o *Observed) {
 			o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 30 * time.Second, HookDone: true}}
-		}).busy("hook/a0"), want: "cancel hook/a0"},
+		}).busy("hook/a0"), want: "stop a0 2s"},
 		{name: "a hook of one that has ended is cancelled", d: g30, mods: mods(hooks), o: up().with(exited("a", 0)).busy("hook/a0"), want: "cancel hook/a0, stopsandbox s0"},
 		{name: "no hook without grace", d: stop(0, true), mods: mods(hooks), o: up().with(running("a")).set(func(o *Observed) { o.Kills = map[string]Kill{"a0": {Since: t0}} }), want: "stop a0 2s"},
 		{name: "a shorter grace period comes in", d: stop(5*time.Second, true), o: up().with(running("a")).set(kill("a0")), want: "order a0 5s"},

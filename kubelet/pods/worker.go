@@ -229,6 +229,8 @@ func (w *worker) do(l *life, a Action) bool {
 func (w *worker) order(l *life, a Action) {
 	k, was := l.o.Kills[a.ID]
 	k.Since, k.Grace = time.Now(), a.Grace
+	v := l.o.Verdicts[a.ID]
+	k.Unfit = k.Unfit || v.Liveness || v.Startup
 	l.o.Kills[a.ID] = k
 	if !was {
 		w.event(l, a.Container, v1.EventTypeNormal, "Killing", "%s", a.Message)
