@@ -44,7 +44,13 @@ func (s *Source) look(now time.Time) {
 	}
 	slices.Sort(names)
 	found := make([]outcome, len(names))
-	s.each(len(names), func(i int) { found[i] = s.load(names[i], s.files[names[i]]) })
+	s.each(len(names), func(i int) {
+		known := s.files[names[i]]
+		if known != nil && known.unlinked {
+			known = nil
+		}
+		found[i] = s.load(names[i], known)
+	})
 
 	affected := map[ObjectRef]struct{}{}
 	for _, o := range found {
@@ -165,6 +171,17 @@ func (s *Source) load(name string, known *file) (o outcome) {
 // whose definition may be another now.
 func (s *Source) take(o outcome, now time.Time, affected map[ObjectRef]struct{}) {
 	f := s.files[o.name]
+	if f != nil && f.unlinked && !o.gone && !o.broken {
+		f.unlinked = false
+		if o.id != f.id { // or else the event is of the file before it
+			gone := map[ObjectRef]struct{}{}
+			s.claim(f, nil, gone)
+			s.settleClaims(gone, now)
+			delete(s.files, o.name)
+			s.log.Info("manifest removed and written again", "file", o.name)
+			f = nil
+		}
+	}
 	switch {
 	case o.gone:
 		if f == nil {

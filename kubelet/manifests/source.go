@@ -103,6 +103,9 @@ type file struct {
 	objects []object // of the last good version
 	// goneSince is when the file was first found missing.
 	goneSince time.Time
+	// unlinked: deleted since it was read. One that comes in its place is
+	// another one, whatever is in it.
+	unlinked bool
 }
 
 // fileID changes whenever the content of a file may have.
@@ -233,10 +236,18 @@ func (s *Source) note(w *watcher, batch []inotifyEvent) {
 		case !ok:
 		case e.all:
 			s.scanDue = now
+			if raw.mask&unix.IN_DELETE_SELF != 0 { // all went with the directory, which may be exchanged
+				for _, f := range s.files {
+					f.unlinked = false
+				}
+			}
 		case !s.wanted(e.name):
 		case e.whole:
 			delete(s.writing, e.name)
 			s.due[e.name] = now
+			if f := s.files[e.name]; f != nil && e.unlinked {
+				f.unlinked = true
+			}
 		default:
 			// Created. A link or a file that was linked in is whole; a file that
 			// somebody is writing tells when it is closed, or never does.

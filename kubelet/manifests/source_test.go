@@ -304,6 +304,24 @@ func TestEditorsAndAtomicRename(t *testing.T) {
 	}
 }
 
+// TestDeletedAndWrittenAgain: what is deleted goes, also when the same comes back
+// at once (upstream's MirrorPod, recreate).
+func TestDeletedAndWrittenAgain(t *testing.T) {
+	dir := t.TempDir()
+	_, tab, _ := start(t, dir)
+	f := filepath.Join(dir, "web.yaml")
+	write(t, f, podYAML("web", "v1"))
+	tab.wait(t, "there", tab.has("set default/web-node1 v1"))
+	if err := os.Remove(f); err != nil {
+		t.Fatal(err)
+	}
+	write(t, f, podYAML("web", "v1"))
+	tab.wait(t, "set again", func() bool { return len(tab.log) == 4 })
+	if tab.count("remove web-node1") != 1 || tab.count("set default/web-node1 v1") != 2 {
+		t.Fatalf("log %q", tab.log)
+	}
+}
+
 func TestDirectoryComesGoesAndIsExchanged(t *testing.T) {
 	root := t.TempDir()
 	dir := filepath.Join(root, "etc", "kubernetes", "manifests")

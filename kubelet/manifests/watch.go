@@ -32,6 +32,9 @@ type watchEvent struct {
 	name  string // in the directory
 	whole bool   // the file may be read now; otherwise it may still be written to
 	all   bool   // anything may have changed: look at everything
+	// unlinked: the file was deleted, not renamed as editors do with what they
+	// replace.
+	unlinked bool
 }
 
 const (
@@ -148,7 +151,7 @@ func (w *watcher) translate(e inotifyEvent) (watchEvent, bool) {
 			// are links through it.
 			return watchEvent{all: e.mask&(unix.IN_MOVED_TO|unix.IN_CREATE) != 0}, true
 		}
-		return watchEvent{name: e.name, whole: e.mask&unix.IN_CREATE == 0}, true
+		return watchEvent{name: e.name, whole: e.mask&unix.IN_CREATE == 0, unlinked: e.mask&unix.IN_DELETE != 0}, true
 	case e.wd == w.aboveWD:
 		if e.mask&(unix.IN_DELETE_SELF|unix.IN_MOVE_SELF|unix.IN_IGNORED|unix.IN_UNMOUNT) != 0 {
 			return watchEvent{all: true}, true

@@ -154,6 +154,7 @@ func (w *worker) forget(l *life) {
 	w.t.removeLogs(pod.Namespace, pod.Name, pod.UID)
 	w.t.records.save(pod.UID, nil)
 	w.lives = w.lives[1:]
+	w.before = former{uid: pod.UID, attempts: l.attempts}
 	if have := w.published.Load(); have != nil && have.UID == pod.UID {
 		w.t.gone(w, have)
 	}

@@ -289,8 +289,8 @@ func TestSamePodRemovedAndSetAgain(t *testing.T) {
 		if n.rt.starts("default/web/a") != 2 || !n.ready("web") {
 			t.Fatalf("%d starts", n.rt.starts("default/web/a"))
 		}
-		if rc := n.get("web").Status.ContainerStatuses[0].RestartCount; rc != 0 {
-			t.Fatalf("restart count %d of a new pod", rc)
+		if rc := n.get("web").Status.ContainerStatuses[0].RestartCount; rc != 1 {
+			t.Fatalf("restart count %d of the same pod, which has run before", rc)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,8 +40,15 @@ type worker struct {
 
 	lives   []*life // [0] is driven, the others wait for it to be gone
 	next    *pending
+	before  former // the last one that is gone
 	waiters []waiter
 	timer   *time.Timer
+}
+
+// former is what is known still of a pod that is gone.
+type former struct {
+	uid      types.UID
+	attempts map[string]int32 // the next ones, by container
 }
 
 // pending is a pod that waits for its turn.
@@ -152,6 +160,10 @@ func (w *worker) begin() bool {
 	n := w.next
 	w.next = nil
 	l := newLife(n.source, n.pod)
+	if w.before.uid == n.pod.UID { // a static pod that was taken away and put back
+		maps.Copy(l.attempts, w.before.attempts)
+	}
+	w.before = former{}
 	w.lives = append(w.lives, l)
 	w.log.Info("pod begins", "uid", n.pod.UID, "source", n.source)
 	if n.pod.DeletionTimestamp != nil {
