@@ -106,3 +106,23 @@ func TestManyDocumentsAndJSON(t *testing.T) {
 		return len(pods) == 2 && pods["default/"+node.PodName("a")] != nil && pods["default/"+node.PodName("c")] != nil
 	})
 }
+
+// TestDeletedManifestThatComesBackRestartsThePod: as with the kubelet, however
+// soon it comes back.
+func TestDeletedManifestThatComesBackRestartsThePod(t *testing.T) {
+	n := start(t)
+	n.Write("web.yaml", pod("web", "", "serve"))
+	n.WaitRunning("web")
+	before, err := n.Pod("web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Remove("web.yaml")
+	n.Write("web.yaml", pod("web", "", "serve"))
+	after := n.WaitPod("web", "restarted", 30*second, func(p *v1.Pod) bool {
+		return node.Running(p) && status(p).ContainerID != status(before).ContainerID
+	})
+	if after.UID != before.UID || status(after).RestartCount != 1 {
+		t.Errorf("UID %s was %s, restarted %d times, want once", after.UID, before.UID, status(after).RestartCount)
+	}
+}

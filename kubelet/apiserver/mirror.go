@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // bringMirror keeps a pod at the apiserver that shows a static one. The static
@@ -33,7 +34,8 @@ func (p *Pods) bringMirror(ctx context.Context, static *v1.Pod, gone bool) error
 		return nil // and when the node is registered
 	case mirror == nil:
 		return p.createMirror(ctx, static, node)
-	case mirror.DeletionTimestamp != nil || mirror.Annotations[mirrorAnnotation] != hash(static):
+	case mirror.DeletionTimestamp != nil || mirror.Annotations[mirrorAnnotation] != hash(static),
+		status.Over(mirror.Status.Phase) && !status.Over(static.Status.Phase): // taken away and put back
 		return p.remove(ctx, mirror) // and made anew when it is gone
 	}
 	return p.patch(ctx, mirror, static)

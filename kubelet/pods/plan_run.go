@@ -240,7 +240,7 @@ func (p *planner) initialized(s *Sandbox) bool {
 // sidecar keeps a restartable init container running and says whether the
 // next one may start.
 func (p *planner) sidecar(c *v1.Container, n *status.Container) bool {
-	if p.over() {
+	if p.ending() {
 		return true // it must not keep a pod alive whose work is done
 	}
 	if n == nil || n.State == status.Created || n.State == status.Exited {
@@ -268,10 +268,27 @@ func (p *planner) hook(n *status.Container) {
 
 // over says that all regular containers have ended for good.
 func (p *planner) over() bool {
+	return p.eachRegular(func(c *v1.Container, n *status.Container) bool { return n.State == status.Exited && !p.wanted(c, n) })
+}
+
+// ending says that all regular containers have ended for good or will, because a
+// probe has failed that none survives. A sidecar is not restarted then.
+func (p *planner) ending() bool {
+	return p.eachRegular(func(c *v1.Container, n *status.Container) bool {
+		if n.Alive() {
+			return p.o.Kills[n.ID].Unfit && !p.restartable(c) && !p.wanted(c, n)
+		}
+		return n.State == status.Exited && !p.wanted(c, n)
+	})
+}
+
+// eachRegular says that holds is true of all regular containers, and that none
+// is being started.
+func (p *planner) eachRegular(holds func(c *v1.Container, n *status.Container) bool) bool {
 	for i := range p.d.Pod.Spec.Containers {
 		c := &p.d.Pod.Spec.Containers[i]
 		n := p.o.newest(c.Name)
-		if n == nil || n.State != status.Exited || p.wanted(c, n) || p.busy(Action{Kind: Start, Container: c.Name}) {
+		if n == nil || !holds(c, n) || p.busy(Action{Kind: Start, Container: c.Name}) {
 			return false
 		}
 	}

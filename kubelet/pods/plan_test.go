@@ -202,6 +202,12 @@ func TestPlanInit(t *testing.T) {
 			o.Sandboxes = []Sandbox{{ID: "s1", Attempt: 1, Ready: true}, {ID: "s0", Stopped: true}}
 		}), want: "start init1"},
 		{name: "a sidecar does not keep a finished pod", mods: mods(withInit("side"), never), o: up().with(running("side"), exited("a", 0)), want: "complete"},
+		{name: "nor one that a probe ends: it is not restarted", mods: mods(withInit("side"), never), o: up().with(exited("side", 1), running("a")).set(func(o *Observed) {
+			o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second, Unfit: true}}
+		}), want: "stop a0 5s"},
+		{name: "but beside another one that stays", mods: mods(withInit("side"), never, two), o: up().with(exited("side", 1), running("a"), running("b")).set(func(o *Observed) {
+			o.Kills = map[string]Kill{"a0": {Since: t0, Grace: 5 * time.Second, Unfit: true}}
+		}), want: "start side, stop a0 5s"},
 		{name: "a failing sidecar is ended", mods: mods(withInit("side")), o: up().with(running("side"), running("a")).set(func(o *Observed) { o.Verdicts = map[string]Verdict{"side0": {Liveness: true}} }), want: "order side0 5s"},
 	} {
 		t.Run(tc.name, tc.run)

@@ -127,6 +127,13 @@ func containerStatus(pod *v1.Pod, c *v1.Container, init bool, o *Observed, old *
 		}
 		s.State = v1.ContainerState{Waiting: &w}
 	}
+	if t := s.State.Terminated; t != nil && o.Returning[c.Name] && !podutil.ContainerShouldRestart(*c, pod.Spec, t.ExitCode) {
+		// By its policy it would have ended for good, which an apiserver lets
+		// nobody take back. Upstream shows nothing between such an end and the
+		// next start.
+		s.LastTerminationState = s.State
+		s.State = v1.ContainerState{Waiting: &v1.ContainerStateWaiting{Reason: ContainerCreating}}
+	}
 	if t := s.State.Terminated; o.Note != nil && t != nil && t.Reason == "Error" && (t.ExitCode == 128+int32(unix.SIGTERM) || t.ExitCode == 128+int32(unix.SIGKILL)) {
 		// It ended because it was asked to.
 		ended := *t

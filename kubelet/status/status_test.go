@@ -214,6 +214,27 @@ func TestContainerStates(t *testing.T) {
 	}
 }
 
+// TestEndThatIsNotForGood: a container that will be started against its policy
+// never shows an end that the API would hold it to.
+func TestEndThatIsNotForGood(t *testing.T) {
+	for _, rp := range []v1.RestartPolicy{v1.RestartPolicyNever, v1.RestartPolicyOnFailure, v1.RestartPolicyAlways} {
+		o := observed(inst("a", Exited, 0))
+		o.Returning = map[string]bool{"a": true}
+		s := Compute(pod(policy(rp)), o, &v1.PodStatus{}, time.Unix(1000, 0))
+		c := s.ContainerStatuses[0]
+		end := c.State.Terminated
+		if rp != v1.RestartPolicyAlways {
+			if c.State.Waiting == nil || c.State.Waiting.Reason != ContainerCreating {
+				t.Errorf("%s: %+v", rp, c.State)
+			}
+			end = c.LastTerminationState.Terminated
+		}
+		if end == nil || s.Phase != v1.PodRunning {
+			t.Errorf("%s: phase %s, %+v", rp, s.Phase, c)
+		}
+	}
+}
+
 func short(s *v1.ContainerStatus) string {
 	state := func(c v1.ContainerState) string {
 		switch {
