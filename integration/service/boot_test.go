@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/podd-runtime/podd/integration/node"
 )
@@ -76,6 +77,7 @@ func TestBeforeReboot(t *testing.T) {
 	keep(t, "begun", startNoted(t))
 	write(t, "web", web("web", 18080, ""))
 	keep(t, "uid", string(waitReady(t, 60*second, "web")["web"].UID))
+	keep(t, "shutdown", time.Now().Unix())
 }
 
 // TestAfterReboot: the node's own systemd has started podd, all pods are Ready
@@ -86,6 +88,8 @@ func TestAfterReboot(t *testing.T) {
 	var uid string
 	recall(t, "begun", &begun)
 	recall(t, "uid", &uid)
+	var shutdown int64 // what tests before it did to podd is not meant
+	recall(t, "shutdown", &shutdown)
 	all := waitReady(t, 120*second, "web", "critical", "ordinary")
 	b, err := os.ReadFile("/proc/uptime")
 	if err != nil {
@@ -106,7 +110,7 @@ func TestAfterReboot(t *testing.T) {
 		t.Errorf("web does not answer: %v", err)
 	}
 	// Nothing was killed for being late, and nothing has failed.
-	last := sh(t, "journalctl -b -1 --no-pager -o cat -t systemd -u podd -u podd-shim")
+	last := sh(t, fmt.Sprintf("journalctl -b -1 --since @%d --no-pager -o cat -t systemd -u podd -u podd-shim", shutdown))
 	for _, bad := range []string{"timed out", "SIGKILL", "Failed with result"} {
 		if strings.Contains(last, bad) {
 			t.Errorf("%q of podd at the shutdown:\n%s", bad, last)
