@@ -220,7 +220,7 @@ func TestSoak(t *testing.T) {
 			t.Fatal(err)
 		}
 		if len(b) == 0 {
-			continue // ended before it could write: podd's order was another one by then
+			continue // ended before it could write
 		}
 		name := strings.TrimSuffix(strings.Fields(string(b))[0], "-node1")
 		m := byKey["default/"+node.PodName(name)]
