@@ -85,3 +85,15 @@ func responding(p *v1.Pod) v1.ConditionStatus {
 	}
 	return v1.ConditionTrue
 }
+
+// told holds when the pods' conditions say so of their volumes.
+func told(want v1.ConditionStatus, names []string) func(map[string]*v1.Pod) bool {
+	return func(pods map[string]*v1.Pod) bool {
+		for _, name := range names {
+			if p := pods["default/"+node.PodName(name)]; p == nil || responding(p) != want {
+				return false
+			}
+		}
+		return true
+	}
+}

@@ -96,16 +96,6 @@ func TestFuseServerHangs(t *testing.T) {
 	n.Write("below.yaml", user("below", volume, ", subPath: file", "while :; do cat /data >/dev/null; sleep 0.3; done"))
 	n.WaitRunning("reads", "stays", "below")
 	affected := []string{"reads", "stays", "below"}
-	told := func(want v1.ConditionStatus) func(map[string]*v1.Pod) bool {
-		return func(pods map[string]*v1.Pod) bool {
-			for _, name := range affected {
-				if p := pods["default/"+node.PodName(name)]; p == nil || responding(p) != want {
-					return false
-				}
-			}
-			return true
-		}
-	}
 	alive, hung := &bystanders{n: n}, &bystanders{n: n, made: 1000}
 	alive.round(t) // what is made once
 	*alive = bystanders{n: n, made: 100}
@@ -115,7 +105,7 @@ func TestFuseServerHangs(t *testing.T) {
 	if err := server.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	n.WaitPods("told", 60*second, told(v1.ConditionFalse))
+	n.WaitPods("told", 60*second, told(v1.ConditionFalse, affected))
 	for range 3 {
 		hung.round(t)
 	}
@@ -151,7 +141,7 @@ func TestFuseServerHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	begun = time.Now()
-	n.WaitPods("told again", 60*second, told(v1.ConditionTrue))
+	n.WaitPods("told again", 60*second, told(v1.ConditionTrue, affected))
 	n.WaitRunning("late")
 	t.Logf("recovered in %v", time.Since(begun).Round(100*time.Millisecond))
 	for _, name := range affected {

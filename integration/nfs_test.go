@@ -271,17 +271,6 @@ func TestNFSServerDies(t *testing.T) {
 	n.WaitRunning("four", "three", "stays", "onhost")
 	watch := n.WaitPod("watch", "ready", 60*second, ready)
 	affected := []string{"four", "three", "stays", "onhost"}
-	told := func(want v1.ConditionStatus) func(map[string]*v1.Pod) bool {
-		return func(pods map[string]*v1.Pod) bool {
-			for _, name := range affected {
-				if p := pods["default/"+node.PodName(name)]; p == nil || responding(p) != want {
-					return false
-				}
-			}
-			return true
-		}
-	}
-
 	alive, dead := &bystanders{n: n}, &bystanders{n: n, made: 1000}
 	const rounds, each = 2, 5
 	alive.round(t) // what is made once
@@ -291,7 +280,7 @@ func TestNFSServerDies(t *testing.T) {
 			alive.round(t)
 		}
 		unreachable(t)
-		n.WaitPods("told", 60*second, told(v1.ConditionFalse))
+		n.WaitPods("told", 60*second, told(v1.ConditionFalse, affected))
 		for range each {
 			dead.round(t)
 		}
@@ -299,7 +288,7 @@ func TestNFSServerDies(t *testing.T) {
 			break
 		}
 		reachable(t)
-		n.WaitPods("told again", 300*second, told(v1.ConditionTrue))
+		n.WaitPods("told again", 300*second, told(v1.ConditionTrue, affected))
 	}
 	compare(t, alive, dead)
 	events := n.OK("events")
@@ -337,10 +326,10 @@ func TestNFSServerDies(t *testing.T) {
 	n.Start()
 	n.WaitPod("watch", "ready", 60*second, ready)
 	affected = []string{"stays", "onhost"}
-	n.WaitPods("told after the restart", 60*second, told(v1.ConditionFalse))
+	n.WaitPods("told after the restart", 60*second, told(v1.ConditionFalse, affected))
 	reachable(t)
 	begun = time.Now()
-	n.WaitPods("told again", 300*second, told(v1.ConditionTrue))
+	n.WaitPods("told again", 300*second, told(v1.ConditionTrue, affected))
 	n.WaitPod("late", "running", 300*second, node.Running)
 	t.Logf("recovered in %v", time.Since(begun).Round(100*time.Millisecond))
 	wrote := func() bool {
