@@ -12,7 +12,8 @@ CC=${CC:-cc}
 
 embed=cmd/podd-shim/embed
 mkdir -p $embed "$(dirname "$out")"
-tmp=$embed/.program.$$
+# Not in embed: another build that runs now would embed it, or miss it.
+tmp=cmd/podd-shim/.program.$$
 trap 'rm -f "$tmp"' EXIT
 for program in pause enter; do
 	$CC -Os -Wall -Werror -nostdlib -static -no-pie -fno-pie -ffreestanding \
