@@ -41,7 +41,7 @@ func TestKubectl(t *testing.T) {
 	}{
 		{"get", testGet}, {"logs", testLogs}, {"exec", testExec}, {"terminal", testTerminal}, {"cp", testCopy}, {"attach", testAttach},
 		{"port-forward", testPortForward}, {"describe", testDescribe}, {"debug", testDebug}, {"previous", testPrevious},
-		{"sessions end", testSessionsEnd},
+		{"sessions end", testSessionsEnd}, {"sessions end with their container", testContainerEnds},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			sub := *s
@@ -385,4 +385,51 @@ func testSessionsEnd(t *testing.T, s *space) {
 			return errors.New("kubectl runs on")
 		}
 	})
+}
+
+// testContainerEnds has sessions with a container end when it does, though its
+// pod goes on, and those with the rest of the pod go on. In a pod whose
+// containers share their processes the kernel does not end an exec with its
+// container.
+func testContainerEnds(t *testing.T, s *space) {
+	for name, share := range map[string]bool{"apart": false, "shared": true} {
+		t.Run(name, func(t *testing.T) {
+			s := *s
+			s.TB = t
+			p := serverOf(name)
+			box := podOf("", "sh", "-c", "while [ ! -e /end ]; do sleep 0.1; done").Spec.Containers[0]
+			box.Name = "box"
+			p.Spec.Containers = append(p.Spec.Containers, box)
+			p.Spec.ShareProcessNamespace = &share
+			s.create(p)
+			s.awaitReady(name)
+			forward, addr := s.forward("pod/" + name)
+			began := s.background("exec", name, "-c", "box", "--", "sh", "-c", "echo began; sleep 100000")
+			logs, attach := s.background("logs", name, "-c", "box", "-f"), s.background("attach", name, "-c", "box")
+			s.await("the exec", time.Minute, func(context.Context) error {
+				if began.out.String() != "began\n" {
+					return fmt.Errorf("%q %q", began.out.String(), began.err.String())
+				}
+				return nil
+			})
+			s.kubectl("exec", name, "-c", "box", "--", "touch", "/end")
+			if err := s.awaitEnd(began, "exec"); err == nil {
+				t.Error("an exec that was killed with its container succeeded")
+			}
+			_, _ = s.awaitEnd(logs, "logs -f"), s.awaitEnd(attach, "attach") // they end, however
+			s.awaitPod(name, "box was restarted, main was not", func(p *v1.Pod) bool {
+				restarts := map[string]int32{}
+				for _, c := range p.Status.ContainerStatuses {
+					restarts[c.Name] = c.RestartCount
+				}
+				return restarts["box"] == 1 && restarts["main"] == 0 && ready(p)
+			})
+			if got := s.kubectl("exec", name, "-c", "box", "--", "echo", "again"); got != "again\n" {
+				t.Errorf("exec in the new container: %q", got)
+			}
+			if got, err := httpGet("http://" + addr + "/hostname"); err != nil || got != name {
+				t.Errorf("port-forward to the pod that stayed: %q, %v; %s", got, err, forward.err.String())
+			}
+		})
+	}
 }

@@ -15,6 +15,8 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/remotecommand"
 
 	"github.com/podd-runtime/podd/integration/cluster/control"
 	"github.com/podd-runtime/podd/integration/node"
@@ -154,6 +156,68 @@ func TestStrangersAtTheNode(t *testing.T) {
 		if code, body, err := admin.do("GET", path, ""); err != nil || code == http.StatusOK || strings.Contains(body, "root:") {
 			t.Errorf("%s: %d %.100q, %v", path, code, body, err)
 		}
+	}
+}
+
+// TestSessionsEndWithTheirCredential has a pod's token begin an exec at the node
+// itself: it ends with the pod that the token is bound to.
+func TestSessionsEndWithTheirCredential(t *testing.T) {
+	long(t)
+	p := plane(t)
+	port := control.FreePort(t)
+	kubeconfig, err := p.Node("bound")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := p.NewNodeWith(t, "bound", "--kubeconfig", kubeconfig, "--client-ca-file", p.CA(), "--port", strconv.Itoa(port))
+	mirror(t, n)
+	n.Start()
+	s := enter(t, "bound")
+	s.create(podOf("web", "sleep", "100000"), podOf("bearer", "sleep", "100000"))
+	s.awaitReady("web", "bearer")
+	bearer, err := s.pod(t.Context(), "bearer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.grant("default", "nodes/proxy")
+	r, err := s.Client.CoreV1().ServiceAccounts(s.name).CreateToken(t.Context(), "default", &authenticationv1.TokenRequest{
+		Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: bearer.Name, UID: bearer.UID}},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stranger := kubeletClient(t, port, "", "")
+	s.await("the right to exec", time.Minute, func(context.Context) error {
+		if code, body, err := stranger.do("GET", "/pods", r.Status.Token); err != nil || code != http.StatusOK {
+			return fmt.Errorf("%d %.100q, %v", code, body, err)
+		}
+		return nil
+	})
+	config := &rest.Config{Host: stranger.base, BearerToken: r.Status.Token, TLSClientConfig: rest.TLSClientConfig{Insecure: true}}
+	session, err := remotecommand.NewWebSocketExecutor(config, "GET", stranger.base+"/exec/"+s.name+"/web/main?output=1&command=sleep&command=100000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		ended <- session.StreamWithContext(t.Context(), remotecommand.StreamOptions{Stdout: io.Discard})
+	}()
+	select {
+	case err := <-ended:
+		t.Fatalf("the session ended though its bearer runs: %v", err)
+	case <-time.After(3 * time.Second): // longer than an ended session is let go on
+	}
+	s.kubectl("delete", "pod", "bearer", "--wait=false")
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("the session ended as if its command had")
+		}
+	case <-time.After(node.Scale(time.Minute)):
+		t.Error("the session outlives the pod whose token began it")
+	}
+	if got := s.kubectl("get", "pod", "web", "-o", "jsonpath={.status.phase}"); got != "Running" {
+		t.Errorf("web is %s", got)
 	}
 }
 

@@ -155,11 +155,13 @@ spec:
 	node.Await(t, "all pods taken", 60*second, func() bool { return len(pods()) == crowd() })
 	sh(t, "sync") // the manifests are the administrator's, who had them on disk
 	sh(t, "podd load /payload/images/testserver.tar")
-	for i := range crowd() { // which wait for their back-off
-		go try("podd restart " + crowded(i) + "-node")
+	// The pods try again when their back-off of ten seconds or more is over.
+	running := func(n int) func() bool {
+		return func() bool { return len(programs("/testserver serve")) >= n }
 	}
+	node.Await(t, "the first of the pods running", 120*second, running(1))
 	go try("podd load /payload/images/busybox.tar")
-	node.Await(t, "some of the pods running", 120*second, func() bool { return len(programs("/testserver serve")) >= crowd()/4 })
+	node.Await(t, "some of the pods running", 120*second, running(crowd()/4))
 	if n := len(programs("/testserver serve")); n == crowd() {
 		t.Fatalf("all %d pods run already", n)
 	}

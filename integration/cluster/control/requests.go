@@ -4,9 +4,11 @@ import (
 	"bufio"
 	"encoding/json"
 	"os"
+	"strconv"
 )
 
-// Requests that a user has sent to the apiserver, by verb and resource.
+// Requests that a user has sent to the apiserver, by verb and resource, and by
+// the status of those that failed.
 type Requests map[string]int
 
 // Total of all.
@@ -42,9 +44,10 @@ func (p *Plane) Requests(user string, since int64) (Requests, error) {
 	lines.Buffer(nil, 4<<20)
 	for lines.Scan() {
 		var ev struct {
-			Verb      string
-			User      struct{ Username string }
-			ObjectRef struct{ Resource, Subresource string }
+			Verb           string
+			User           struct{ Username string }
+			ObjectRef      struct{ Resource, Subresource string }
+			ResponseStatus struct{ Code int }
 		}
 		if json.Unmarshal(lines.Bytes(), &ev) != nil || ev.User.Username != user {
 			continue
@@ -52,6 +55,9 @@ func (p *Plane) Requests(user string, since int64) (Requests, error) {
 		what := ev.Verb + " " + ev.ObjectRef.Resource
 		if ev.ObjectRef.Subresource != "" {
 			what += "/" + ev.ObjectRef.Subresource
+		}
+		if code := ev.ResponseStatus.Code; code >= 400 {
+			what += " (" + strconv.Itoa(code) + ")"
 		}
 		found[what]++
 	}
