@@ -231,14 +231,15 @@ func (s *space) token(account string) string {
 	return r.Status.Token
 }
 
-// grant a service account of the namespace the right to get resources of nodes.
+// grant a service account of the namespace the right to get resources of nodes,
+// and to create in them, as an exec does.
 func (s *space) grant(account string, resources ...string) {
 	s.Helper()
 	name := "test:" + s.name
 	roles, bindings := s.Client.RbacV1().ClusterRoles(), s.Client.RbacV1().ClusterRoleBindings()
 	_, err := roles.Create(s.Context(), &rbacv1.ClusterRole{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: resources, Verbs: []string{"get", "list"}}},
+		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: resources, Verbs: []string{"get", "list", "create"}}},
 	}, metav1.CreateOptions{})
 	if err == nil {
 		_, err = bindings.Create(s.Context(), &rbacv1.ClusterRoleBinding{
