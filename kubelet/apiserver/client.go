@@ -23,6 +23,7 @@ import (
 	coordinationv1 "k8s.io/api/coordination/v1"
 	v1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -30,6 +31,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	apiwatch "k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/flowcontrol"
@@ -158,8 +160,34 @@ func (c *Client) Delete(ctx context.Context, ref Ref, uid types.UID) error {
 // jitter.
 func (c *Client) follow(ctx context.Context, ref Ref, selector fields.Selector, expected runtime.Object, store cache.ReflectorStore) {
 	lw := cache.NewListWatchFromClient(c.groups[ref.Group], ref.Resource, ref.Namespace, selector)
+	list, watch := lw.ListWithContextFunc, lw.WatchFuncWithContext
+	lw.ListWithContextFunc = func(ctx context.Context, o metav1.ListOptions) (all runtime.Object, err error) {
+		err = authorized(ctx, func() error { all, err = list(ctx, o); return err })
+		return all, err
+	}
+	lw.WatchFuncWithContext = func(ctx context.Context, o metav1.ListOptions) (w apiwatch.Interface, err error) {
+		err = authorized(ctx, func() error { w, err = watch(ctx, o); return err })
+		return w, err
+	}
 	r := cache.NewReflectorWithOptions(lw, expected, store, cache.ReflectorOptions{Name: ref.String()})
 	r.RunWithContext(ctx)
+}
+
+// authorized repeats a call that is forbidden at first, for a second or two. A
+// node may read what its pods use: the apiserver's node authorizer learns of a
+// pod's binding by a watch of its own, which is often behind the node's.
+func authorized(ctx context.Context, call func() error) error {
+	const first, most, tries = 20 * time.Millisecond, 640 * time.Millisecond, 6
+	for failures := 1; ; failures++ {
+		err := call()
+		if !apierrors.IsForbidden(err) || failures > tries {
+			return err
+		}
+		sleep(ctx, Backoff(failures, first, most))
+		if ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // Backoff between tries that fail: doubled from first up to most, and each

@@ -25,7 +25,7 @@ func (c *Client) Token(ctx context.Context, pod *v1.Pod, audience string, valid 
 		req.Spec.Audiences = []string{audience}
 	}
 	ref := Ref{Resource: "serviceaccounts", Namespace: pod.Namespace, Name: pod.Spec.ServiceAccountName, Subresource: "token"}
-	if err := c.Create(ctx, ref, req, req); err != nil {
+	if err := authorized(ctx, func() error { return c.Create(ctx, ref, req, req) }); err != nil {
 		return "", time.Time{}, fmt.Errorf("token of service account %s/%s: %w", pod.Namespace, pod.Spec.ServiceAccountName, kindOf(err))
 	}
 	return req.Status.Token, req.Status.ExpirationTimestamp.Time, nil
@@ -34,7 +34,8 @@ func (c *Client) Token(ctx context.Context, pod *v1.Pod, audience string, valid 
 // ServiceAccount of the cluster.
 func (c *Client) ServiceAccount(ctx context.Context, namespace, name string) (*v1.ServiceAccount, error) {
 	account := &v1.ServiceAccount{}
-	if err := c.Get(ctx, Ref{Resource: "serviceaccounts", Namespace: namespace, Name: name}, account); err != nil {
+	ref := Ref{Resource: "serviceaccounts", Namespace: namespace, Name: name}
+	if err := authorized(ctx, func() error { return c.Get(ctx, ref, account) }); err != nil {
 		return nil, fmt.Errorf("service account %s/%s: %w", namespace, name, kindOf(err))
 	}
 	return account, nil
@@ -45,14 +46,16 @@ func (c *Client) ServiceAccount(ctx context.Context, namespace, name string) (*v
 // is not bound yet.
 func (c *Client) PersistentVolume(ctx context.Context, namespace, claim string) (*v1.PersistentVolumeClaim, *v1.PersistentVolume, error) {
 	pvc := &v1.PersistentVolumeClaim{}
-	if err := c.Get(ctx, Ref{Resource: "persistentvolumeclaims", Namespace: namespace, Name: claim}, pvc); err != nil {
+	ref := Ref{Resource: "persistentvolumeclaims", Namespace: namespace, Name: claim}
+	if err := authorized(ctx, func() error { return c.Get(ctx, ref, pvc) }); err != nil {
 		return nil, nil, fmt.Errorf("claim %s/%s: %w", namespace, claim, kindOf(err))
 	}
 	if pvc.Status.Phase != v1.ClaimBound || pvc.Spec.VolumeName == "" {
 		return nil, nil, fmt.Errorf("claim %s/%s is not bound to a volume yet: %w", namespace, claim, errdefs.ErrUnavailable)
 	}
 	pv := &v1.PersistentVolume{}
-	if err := c.Get(ctx, Ref{Resource: "persistentvolumes", Name: pvc.Spec.VolumeName}, pv); err != nil {
+	ref = Ref{Resource: "persistentvolumes", Name: pvc.Spec.VolumeName}
+	if err := authorized(ctx, func() error { return c.Get(ctx, ref, pv) }); err != nil {
 		return nil, nil, fmt.Errorf("volume %s of claim %s/%s: %w", pvc.Spec.VolumeName, namespace, claim, kindOf(err))
 	}
 	if r := pv.Spec.ClaimRef; r == nil || r.UID != pvc.UID {
