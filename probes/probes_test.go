@@ -81,6 +81,7 @@ type sink struct {
 	results []string
 	events  []string
 	start   time.Time
+	slow    time.Duration // that an event takes
 }
 
 func (s *sink) report(r Result) {
@@ -90,6 +91,7 @@ func (s *sink) report(r Result) {
 }
 
 func (s *sink) Eventf(_ *v1.ObjectReference, _, reason, format string, args ...any) {
+	time.Sleep(s.slow)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.events = append(s.events, reason+": "+fmt.Sprintf(format, args...))
@@ -205,6 +207,24 @@ func TestRemovedIsNotReported(t *testing.T) {
 		if x.calls.Load() != 1 || len(s.targets) != 0 || len(s.queue) != 0 {
 			t.Errorf("%d calls, %d targets, %d queued", x.calls.Load(), len(s.targets), len(s.queue))
 		}
+	})
+}
+
+// On a busy node it may take longer than a period to tell an outcome: the next
+// one is not told before.
+func TestOutcomesAreToldInOrder(t *testing.T) {
+	calls := 0
+	bubble(t, func(context.Context, string, string) (int32, error) {
+		calls++
+		if calls == 2 {
+			return 1, nil
+		}
+		return 0, nil
+	}, func(t *testing.T, s *Scheduler, k *sink, x *fake) {
+		k.slow = 2500 * time.Millisecond
+		s.Add(Target{ID: "c", Container: &v1.Container{ReadinessProbe: execProbe("ready", 1, 0, 1)}, Started: time.Now()})
+		time.Sleep(time.Minute)
+		k.want(t, "c Readiness true at 0s", "c Readiness false at 3.5s", "c Readiness true at 4.5s")
 	})
 }
 

@@ -230,24 +230,39 @@ func (s *Scheduler) probe(ctx context.Context, e *entry, slots chan struct{}) {
 		return
 	}
 	result, report, hold := s.judge(e, ok, output, err)
-	if !hold {
-		e.at = e.at.Add(period(e.spec))
-		if e.spread {
-			e.at = time.Now().Add(time.Duration((0.5 + s.jitter()/2) * float64(period(e.spec))))
-			e.spread = false
-		}
-		if now := time.Now(); e.at.Before(now) {
-			// Behind: the missed ones are not made up for.
-			e.at = now.Add(period(e.spec))
-		}
-		heap.Push(&s.queue, e)
-	}
 	s.mu.Unlock()
 	s.event(e, ok, output, err)
 	if report {
 		s.cfg.Report(result)
 	}
+	// Only now: the next one, or those that a start lets begin, could be told
+	// before this one is.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !e.gone {
+		s.next(e, hold)
+	}
 	s.poke()
+}
+
+// next schedules what follows the outcome of a probe; hold: not the same probe.
+func (s *Scheduler) next(e *entry, hold bool) {
+	if e.kind == Startup && e.t.started {
+		s.steady(e.t)
+	}
+	if hold {
+		return
+	}
+	e.at = e.at.Add(period(e.spec))
+	if e.spread {
+		e.at = time.Now().Add(time.Duration((0.5 + s.jitter()/2) * float64(period(e.spec))))
+		e.spread = false
+	}
+	if now := time.Now(); e.at.Before(now) {
+		// Behind: the missed ones are not made up for.
+		e.at = now.Add(period(e.spec))
+	}
+	heap.Push(&s.queue, e)
 }
 
 // judge counts the outcome. An error of the probe itself is not an outcome.
@@ -263,10 +278,7 @@ func (s *Scheduler) judge(e *entry, ok bool, output string, err error) (r Result
 	r = Result{ID: e.t.ID, Kind: e.kind, OK: ok, Output: output}
 	switch e.kind {
 	case Startup:
-		if ok {
-			e.t.started = true
-			s.steady(e.t)
-		}
+		e.t.started = ok
 		return r, true, true
 	case Liveness:
 		return r, !ok, !ok
