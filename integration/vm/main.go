@@ -6,6 +6,7 @@
 //	                            in podd/vm of the user's cache directory, for all checkouts
 //	vm test PAYLOAD [RESULTS]   boots it, runs PAYLOAD/run as root with PAYLOAD as
 //	                            /payload, and exits with its status
+//	vm attach                   a root shell on one that runs a test, on this terminal
 //	vm shell [PAYLOAD]          boots it with a root shell on this terminal
 //
 // What run writes to /payload/out is brought back to RESULTS, with journal.txt
@@ -30,6 +31,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -49,6 +51,8 @@ const (
 	mostBoots   = 10
 	// powerCut is a line of the payload's output; see the package's comment.
 	powerCut = "vm: cut the power"
+	// shellSocket is the fourth serial line of a machine that runs a test.
+	shellSocket = "shell"
 )
 
 type machine struct {
@@ -76,12 +80,14 @@ func main() {
 		status, err = m.test(ctx, *deadline, args[1], filepath.Join(m.cache, "results"))
 	case len(args) == 3 && args[0] == "test":
 		status, err = m.test(ctx, *deadline, args[1], args[2])
+	case len(args) == 1 && args[0] == "attach":
+		err = m.attach(ctx)
 	case len(args) == 1 && args[0] == "shell":
 		err = m.shell(ctx, "")
 	case len(args) == 2 && args[0] == "shell":
 		err = m.shell(ctx, args[1])
 	default:
-		fmt.Fprintln(os.Stderr, "usage: vm [flags] build | test PAYLOAD [RESULTS] | shell [PAYLOAD]")
+		fmt.Fprintln(os.Stderr, "usage: vm [flags] build | test PAYLOAD [RESULTS] | attach | shell [PAYLOAD]")
 		flag.PrintDefaults()
 		os.Exit(2)
 	}
@@ -319,7 +325,8 @@ func (m machine) test(ctx context.Context, deadline time.Duration, payload, resu
 
 // boot runs the machine until it goes down, and shows the payload's output.
 func (m machine) boot(ctx context.Context, base string, d disks, console, journal string) (cut bool, peak int64, err error) {
-	cmd := m.qemu(ctx, base, d, "", "-serial", "file:"+console, "-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out", "-serial", "file:"+journal)
+	cmd := m.qemu(ctx, base, d, "", "-serial", "file:"+console, "-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out", "-serial", "file:"+journal,
+		"-serial", "unix:"+filepath.Join(d.work, shellSocket)+",server=on,wait=off")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return false, 0, err
@@ -397,6 +404,25 @@ func move(from, to string) error {
 		return run(context.Background(), os.Stderr, "cp", "-a", from, to)
 	}
 	return err
+}
+
+// attach connects the terminal with the shell of a machine that runs a test.
+func (m machine) attach(ctx context.Context) error {
+	sockets, err := filepath.Glob(filepath.Join(m.cache, "run.*", shellSocket))
+	if err != nil {
+		return err
+	}
+	for _, path := range sockets {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+		if err != nil {
+			continue // of one that is gone
+		}
+		defer conn.Close()
+		go func() { _, _ = io.Copy(conn, os.Stdin) }()
+		_, err = io.Copy(os.Stdout, conn)
+		return err
+	}
+	return fmt.Errorf("no machine of %s runs a test", m.cache)
 }
 
 func (m machine) shell(ctx context.Context, payload string) error {
