@@ -31,17 +31,7 @@ func statusPatch(base, shown *v1.Pod) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	changed := map[string]any{}
-	for k, v := range is {
-		if !reflect.DeepEqual(was[k], v) {
-			changed[k] = v
-		}
-	}
-	for k := range was {
-		if _, have := is[k]; !have {
-			changed[k] = nil
-		}
-	}
+	changed := mergePatch(was, is)
 	if _, have := changed["conditions"]; have {
 		changed["conditions"] = conditionsPatch(was["conditions"], is["conditions"])
 	}
@@ -57,14 +47,39 @@ func statusPatch(base, shown *v1.Pod) ([]byte, error) {
 	return json.Marshal(map[string]any{"metadata": map[string]any{"uid": base.UID}, "status": changed})
 }
 
+// mergePatch makes is of was: objects key by key, all else as a whole (RFC 7386).
+func mergePatch(was, is map[string]any) map[string]any {
+	out := map[string]any{}
+	for k, v := range is {
+		if reflect.DeepEqual(was[k], v) {
+			continue
+		}
+		out[k] = v
+		if a, ok := was[k].(map[string]any); ok {
+			if b, ok := v.(map[string]any); ok {
+				out[k] = mergePatch(a, b)
+			}
+		}
+	}
+	for k := range was {
+		if _, have := is[k]; !have {
+			out[k] = nil
+		}
+	}
+	return out
+}
+
 // conditionsPatch has those that differ and deletes those that are gone.
 func conditionsPatch(was, is any) []any {
 	old, now := byType(was), byType(is)
 	out := []any{}
 	for t, c := range now {
-		if !reflect.DeepEqual(old[t], c) {
-			out = append(out, c)
+		if reflect.DeepEqual(old[t], c) {
+			continue
 		}
+		one := mergePatch(old[t], c)
+		one["type"] = t
+		out = append(out, one)
 	}
 	for t := range old {
 		if now[t] == nil {
@@ -74,13 +89,13 @@ func conditionsPatch(was, is any) []any {
 	return out
 }
 
-func byType(list any) map[string]any {
-	out := map[string]any{}
+func byType(list any) map[string]map[string]any {
+	out := map[string]map[string]any{}
 	all, _ := list.([]any)
 	for _, c := range all {
 		if m, ok := c.(map[string]any); ok {
 			if t, ok := m["type"].(string); ok {
-				out[t] = c
+				out[t] = m
 			}
 		}
 	}
