@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/component-helpers/nodedeclaredfeatures/features/inplacepodresize"
+	"k8s.io/component-helpers/nodedeclaredfeatures/features/restartallcontainers"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -75,6 +77,15 @@ func (m *Machine) Status(ctx context.Context) v1.NodeStatus {
 	return s
 }
 
+// declared are the features that the scheduler and the apiserver ask a node for
+// before they give it pods and changes that need them (KEP-5328), sorted.
+// ExtendWebSocketsToKubelet is not among them: the apiserver translates to SPDY.
+var declared = []string{
+	inplacepodresize.PodLevelResourcesResizeFeature.Name(),
+	inplacepodresize.NonSidecarInitContainerResizeFeature.Name(),
+	restartallcontainers.RestartAllContainersOnContainerExits,
+}
+
 // runtime's handlers, features and images, and why the node is not ready.
 func (m *Machine) runtime(ctx context.Context, s *v1.NodeStatus) (not []string) {
 	st, err := m.Runtime.Status(ctx, &runtimeapi.StatusRequest{})
@@ -95,6 +106,7 @@ func (m *Machine) runtime(ctx context.Context, s *v1.NodeStatus) (not []string) 
 	}
 	groups := st.GetFeatures().GetSupplementalGroupsPolicy()
 	s.Features = &v1.NodeFeatures{SupplementalGroupsPolicy: &groups}
+	s.DeclaredFeatures = slices.Clone(declared)
 	images, err := m.Runtime.ListImages(ctx, &runtimeapi.ListImagesRequest{})
 	if err != nil {
 		return append(not, fmt.Sprintf("image service: %v", err))
