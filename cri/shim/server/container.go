@@ -531,8 +531,25 @@ func (c *container) onExit(exit shim.Exit) {
 		c.oom.close()
 		c.unkeep("")
 		c.closeStreams()
+		c.leaveCgroup()
 	}
 	close(c.exited)
+}
+
+// leaveCgroup removes the cgroup of a container that has ended: on v1 its CPU
+// quota would bound its pod's from below as long as its record is kept. Where it
+// cannot be done, delete does it. Scopes are removed by systemd.
+func (c *container) leaveCgroup() {
+	if c.rec.SystemdCgroup {
+		return
+	}
+	m, err := c.cgroup()
+	if err == nil && m != nil {
+		err = m.Destroy()
+	}
+	if err != nil {
+		c.s.log.Info("cgroup of an ended container stays", "id", c.rec.Process.ID, "error", err)
+	}
 }
 
 // closeStreams gives stdin, terminal and pidfd back.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/podd-runtime/podd/cri/shim"
 )
@@ -240,5 +241,33 @@ func TestExecsEndWithTheirContainer(t *testing.T) {
 			t.Errorf("own PID namespace %v: exec ended with %+v, %v", own, exit, err)
 		}
 		s.Close()
+	}
+}
+
+// TestEndedContainersLeaveTheirCgroup: the record stays until it is deleted, the
+// cgroup with its limits does not.
+func TestEndedContainersLeaveTheirCgroup(t *testing.T) {
+	n := newNode(t)
+	spec := n.containerSpec(n.sandbox(), "sleep 1000")
+	n.run(spec)
+	groups := func() []string {
+		v1, _ := filepath.Glob("/sys/fs/cgroup/*" + spec.Spec.Linux.CgroupsPath)
+		v2, _ := filepath.Glob("/sys/fs/cgroup" + spec.Spec.Linux.CgroupsPath)
+		return append(v1, v2...)
+	}
+	if len(groups()) == 0 {
+		t.Fatal("a container that runs has no cgroup")
+	}
+	if err := n.Signal(n.ctx(), spec.ID, int(unix.SIGKILL), false); err != nil {
+		t.Fatal(err)
+	}
+	n.until(shim.EventExited, spec.ID)
+	for deadline := time.Now().Add(10 * time.Second); len(groups()) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("an ended container has cgroups %v", groups())
+		}
+	}
+	if err := n.Delete(n.ctx(), spec.ID); err != nil {
+		t.Error(err)
 	}
 }
