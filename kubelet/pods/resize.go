@@ -287,7 +287,11 @@ func (r *resizer) run(ctx context.Context) (left int, err error) {
 	for _, shrink := range []bool{true, false} {
 		for c := range podutil.ContainerIter(&r.pod.Spec, podutil.InitContainers|podutil.Containers) {
 			id, running := r.live[c.Name]
-			if !running || resizeOf(c, r.actual) != resizeUpdate || shrink != shrinks(r.actual[c.Name], c.Resources) {
+			kind := resizeOf(c, r.actual)
+			if kind == resizeNone && inherits(c, r.was, r.pod) {
+				kind = resizeUpdate
+			}
+			if !running || kind != resizeUpdate || shrink != shrinks(r.actual[c.Name], c.Resources) {
 				continue
 			}
 			linux := cgroups.ResourceConfigForContainer(r.pod, c, opts)
@@ -321,6 +325,20 @@ func (r *resizer) group(ctx context.Context, limits *specs.LinuxResources) error
 		}
 	}
 	return r.w.t.deps.Cgroups.Ensure(ctx, r.pod.UID, qos.GetPodQOS(r.pod), limits)
+}
+
+// inherits says that a container without a limit of its own has the pod's
+// (KEP-2837), and that the two versions of the pod differ in that.
+func inherits(c *v1.Container, was, is *v1.Pod) bool {
+	if was == nil || was.Spec.Resources == nil || is.Spec.Resources == nil {
+		return false
+	}
+	for _, name := range []v1.ResourceName{v1.ResourceCPU, v1.ResourceMemory} {
+		if _, own := c.Resources.Limits[name]; !own && !sameQuantity(was.Spec.Resources.Limits, is.Spec.Resources.Limits, name) {
+			return true
+		}
+	}
+	return false
 }
 
 func shrinks(was, is v1.ResourceRequirements) bool {

@@ -86,6 +86,36 @@ func TestResizeInOrder(t *testing.T) {
 	}
 }
 
+// A container without a limit of its own is bounded by the pod's, and follows it.
+func TestResizeOfThePodsOwnLimit(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.rt.memory = 16 << 20
+		level := func(memory string) func(*v1.Pod) {
+			return func(p *v1.Pod) {
+				r := sizes("1", memory)
+				p.Spec.Resources = &r
+				p.Spec.Containers[0].Resources = v1.ResourceRequirements{}
+			}
+		}
+		pod := mkpod("web", "u1", ofAPI, level("64Mi"))
+		n.table.SetPod("api", pod)
+		n.table.Synced("file")
+		after(time.Second)
+		n.takeUpdates()
+		next := pod.DeepCopy()
+		next.Generation++
+		level("32Mi")(next)
+		n.table.SetPod("api", next)
+		after(time.Second)
+		if got, want := n.takeUpdates(), "pod cpu=100000 memory=67108864, a cpu=100000 memory=33554432, pod cpu=100000 memory=33554432"; got != want {
+			t.Errorf("updates are %s\nwant        %s", got, want)
+		}
+		if p := n.get("web"); n.rt.starts("default/web/a") != 1 || condition(p, v1.PodResizeInProgress) != nil || p.Status.Resources.Limits.Memory().String() != "32Mi" {
+			t.Errorf("status: %+v", p.Status)
+		}
+	})
+}
+
 func TestResizeByRestart(t *testing.T) {
 	bubble(t, func(t *testing.T, n *node) {
 		pod := mkpod("web", "u1", ofAPI, never, sized("1", "64Mi"), func(p *v1.Pod) {
