@@ -507,7 +507,7 @@ func (c *container) onExit(exit shim.Exit) {
 			s.log.Warn("kill left-over processes", "id", c.rec.Process.ID, "error", err)
 		}
 	}
-	if exit.OOMKilled = c.oom.killed(); exit.OOMKilled {
+	if exit.OOMKilled = c.oom.killed(exit); exit.OOMKilled {
 		exit.MemoryPeak = c.oom.peak()
 	}
 	drained := c.out.finish()

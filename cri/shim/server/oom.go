@@ -2,11 +2,14 @@ package server
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +31,46 @@ type oomWatch struct {
 	mu    sync.Mutex
 	count uint64
 	total bool // some process was killed since the container was made
+
+	family *family // nil on v1
+	// When the watch began: kills below the parent, and known ones of them.
+	before, knownBefore uint64
+	told                uint64 // kills that the family knows of, or that were before
+}
+
+// family is the containers whose cgroups have one parent. systemd removes the
+// scope of a container that has ended at once, and with it the counter that
+// tells why; the parent's counter has the kill too (cgroup-v2.rst: memory.events
+// is hierarchical), and what no other container accounts for was this one's.
+type family struct {
+	file    string // the parent's counter file
+	known   atomic.Uint64
+	members map[*oomWatch]bool // by Server.familyMu
+}
+
+// join the family of the watch's cgroup; leave it at the end.
+func (s *Server) join(o *oomWatch) {
+	s.familyMu.Lock()
+	defer s.familyMu.Unlock()
+	path := filepath.Join(filepath.Dir(o.path), o.file)
+	f := s.families[path]
+	if f == nil {
+		f = &family{file: path, members: map[*oomWatch]bool{}}
+		s.families[path] = f
+	}
+	f.members[o] = true
+	o.family = f
+	o.told, _ = oomKills(filepath.Join(o.path, o.file))
+	o.knownBefore = f.known.Load()
+	o.before, _ = oomKills(path)
+}
+
+func (s *Server) leave(o *oomWatch) {
+	s.familyMu.Lock()
+	defer s.familyMu.Unlock()
+	if delete(o.family.members, o); len(o.family.members) == 0 {
+		delete(s.families, o.family.file)
+	}
 }
 
 // watchOOM never fails: without a memory cgroup there is nothing to see. With
@@ -44,6 +87,7 @@ func (s *Server) watchOOM(c *container, reported bool) *oomWatch {
 	} else if dir := paths[""]; dir != "" && s.host.unified {
 		o.path, o.file = dir, "memory.events"
 		o.fd, err = oomInotify(dir)
+		s.join(o)
 	} else {
 		return o
 	}
@@ -123,27 +167,66 @@ func (o *oomWatch) check() bool {
 	if !ok {
 		return true
 	}
-	o.mu.Lock()
-	rose := n > o.count
-	o.count = max(n, o.count)
-	o.total = o.total || rose
-	o.mu.Unlock()
-	if rose {
-		p := o.c.snapshot()
-		o.c.s.events.append(shim.Event{Kind: shim.EventOOM, ID: o.c.rec.Process.ID, PID: p.PID})
-	}
-	return rose
+	return o.counted(n)
 }
 
-// killed says whether the OOM killer acted in the container's life.
-func (o *oomWatch) killed() bool {
+// counted notes that n processes of the container were killed so far, and
+// reports a rise.
+func (o *oomWatch) counted(n uint64) bool {
+	o.mu.Lock()
+	rise := max(n, o.count) - o.count
+	o.count += rise
+	o.total = o.total || rise > 0
+	if o.family != nil && n > o.told {
+		o.family.known.Add(n - o.told)
+		o.told = n
+	}
+	o.mu.Unlock()
+	if rise == 0 {
+		return false
+	}
+	p := o.c.snapshot()
+	o.c.s.events.append(shim.Event{Kind: shim.EventOOM, ID: o.c.rec.Process.ID, PID: p.PID})
+	return true
+}
+
+// killed says whether the OOM killer acted in the life of a container that has
+// ended so.
+func (o *oomWatch) killed(exit shim.Exit) bool {
 	if o == nil {
 		return false
 	}
 	o.check()
+	if exit.Code == 128+int(unix.SIGKILL) && o.family != nil {
+		if _, err := os.Stat(filepath.Join(o.path, o.file)); err != nil {
+			o.askFamily()
+		}
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.total
+}
+
+// askFamily finds the kills of a container whose own counter is gone.
+func (o *oomWatch) askFamily() {
+	s := o.c.s
+	all, ok := oomKills(o.family.file) // first: later ones of others do not count
+	if !ok {
+		return
+	}
+	s.familyMu.Lock()
+	others := slices.Collect(maps.Keys(o.family.members))
+	s.familyMu.Unlock()
+	for _, w := range others {
+		w.check()
+	}
+	known := o.family.known.Load() - o.knownBefore
+	if rise := all - o.before; rise > known {
+		o.mu.Lock()
+		n := max(o.told, o.count) + rise - known
+		o.mu.Unlock()
+		o.counted(n)
+	}
 }
 
 // peak is the most memory that the cgroup has used: memory.peak on v2 (Linux
@@ -172,6 +255,9 @@ func (o *oomWatch) close() {
 		o.w.remove()
 		unix.Close(o.fd)
 		o.fd = -1
+		if o.family != nil {
+			o.c.s.leave(o)
+		}
 	}
 }
 

@@ -366,3 +366,75 @@ func TestHandoverOfAnotherRelease(t *testing.T) {
 		t.Errorf("descriptors are still open: %d %v", n, err)
 	}
 }
+
+// TestOOMOfARemovedScope: systemd has removed the cgroup of a container that was
+// killed for want of memory before anybody could read its counter.
+func TestOOMOfARemovedScope(t *testing.T) {
+	root := t.TempDir()
+	count := func(dir string, n int) {
+		t.Helper()
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "memory.events"), fmt.Appendf(nil, "low 0\noom 9\noom_kill %d\n", n), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	log := slog.New(slog.DiscardHandler)
+	events, err := openEvents(filepath.Join(t.TempDir(), "events"), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{log: log, events: events, families: map[string]*family{}}
+	pod := filepath.Join(root, "pod")
+	count(pod, 3) // of containers that were here before
+	watch := func(id string, kills int) *oomWatch {
+		t.Helper()
+		dir := filepath.Join(pod, id)
+		count(dir, kills)
+		o := &oomWatch{c: &container{s: s, rec: record{Process: shim.Process{ID: id}}}, path: dir, file: "memory.events", fd: -1}
+		s.join(o)
+		return o
+	}
+	gone := func(o *oomWatch) {
+		t.Helper()
+		if err := os.RemoveAll(o.path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	killed := shim.Exit{Code: 137, Signal: 9, Known: true}
+
+	a, b, c, d := watch("a", 0), watch("b", 2), watch("c", 0), watch("d", 0)
+	gone(a)
+	if a.killed(killed) {
+		t.Error("a was killed by somebody, and nothing tells of memory")
+	}
+	count(b.path, 3)
+	count(pod, 4)
+	gone(c)
+	if c.killed(killed) {
+		t.Error("the kill in b is taken for one in c")
+	}
+	count(pod, 5)
+	gone(d)
+	if d.killed(shim.Exit{Code: 1, Known: true}) {
+		t.Error("d ended by itself")
+	}
+	if !d.killed(killed) || !events.has("d", shim.EventOOM) {
+		t.Error("d was killed for want of memory, which is not seen")
+	}
+	if !b.killed(killed) || b.count != 3 {
+		t.Errorf("b: %d kills", b.count)
+	}
+	e := watch("e", 0)
+	gone(e)
+	if e.killed(killed) {
+		t.Error("the kills before e are taken for its own")
+	}
+	for _, o := range []*oomWatch{a, b, c, d, e} {
+		s.leave(o)
+	}
+	if len(s.families) != 0 {
+		t.Errorf("families stay: %v", s.families)
+	}
+}

@@ -70,6 +70,9 @@ type Server struct {
 	byID  map[string]*container
 	boxes map[string]*sandbox
 
+	familyMu sync.Mutex
+	families map[string]*family // by counter file
+
 	listener *net.UnixListener
 	lock     int // descriptor of the instance lock
 	gate     gate
@@ -86,7 +89,7 @@ func New(cfg Config) (*Server, error) {
 	dir := shim.Dir(cfg.RunDir)
 	s := &Server{
 		dir: dir, lock: cfg.Lock, log: cfg.Log, started: time.Now(),
-		byID: map[string]*container{}, boxes: map[string]*sandbox{},
+		byID: map[string]*container{}, boxes: map[string]*sandbox{}, families: map[string]*family{},
 		stop: make(chan struct{}),
 	}
 	for _, d := range []string{dir, s.path("containers"), s.path("sandboxes"), s.path("quarantine"), s.path("seccomp"), s.path("lc")} {
