@@ -256,9 +256,6 @@ func (m machine) disks(ctx context.Context, base, payload string) (d disks, err 
 func (m machine) qemu(ctx context.Context, base string, d disks, cmdline string, args ...string) *exec.Cmd {
 	// On a busy host a boot takes minutes: no time-out of systemd's own ends it.
 	cmdline += " systemd.default_timeout_start_sec=1200"
-	// The emulated TSC is one for all CPUs, which the kernel cannot know: it would
-	// take the HPET, each reading of which leaves the emulated CPU.
-	cmdline += " tsc=reliable"
 	args = append([]string{
 		"-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max", "-m", strconv.Itoa(m.memory), "-smp", "2",
 		"-display", "none", "-no-reboot", "-nic", "none",
