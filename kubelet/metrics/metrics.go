@@ -43,6 +43,8 @@ type Metrics struct {
 	sandboxErrors    *prometheus.CounterVec
 	podsStarted      prometheus.Counter
 	podErrors        prometheus.Counter
+	usernsStarted    prometheus.Counter
+	usernsErrors     prometheus.Counter
 	started          *prometheus.CounterVec
 	startErrors      *prometheus.CounterVec
 	imagesRemoved    *prometheus.CounterVec
@@ -80,6 +82,8 @@ func New(node, version, git string) *Metrics {
 	m.sandboxErrors = prometheus.NewCounterVec(opts("run_podsandbox_errors_total", "Cumulative number of the run_podsandbox operation errors by RuntimeClass.Handler."), []string{"runtime_handler"})
 	m.podsStarted = prometheus.NewCounter(opts("started_pods_total", "Cumulative number of pods started"))
 	m.podErrors = prometheus.NewCounter(opts("started_pods_errors_total", "Cumulative number of errors when starting pods"))
+	m.usernsStarted = prometheus.NewCounter(opts("started_user_namespaced_pods_total", "Cumulative number of pods with user namespaces started"))
+	m.usernsErrors = prometheus.NewCounter(opts("started_user_namespaced_pods_errors_total", "Cumulative number of errors when starting pods with user namespaces"))
 	m.started = prometheus.NewCounterVec(opts("started_containers_total", "Cumulative number of containers started"), []string{"container_type"})
 	m.startErrors = prometheus.NewCounterVec(opts("started_containers_errors_total", "Cumulative number of errors when starting containers"), []string{"container_type", "code"})
 	m.imagesRemoved = prometheus.NewCounterVec(opts("image_garbage_collected_total", "Total number of images garbage collected by the kubelet, whether through disk usage or image age."), []string{"reason"})
@@ -89,7 +93,7 @@ func New(node, version, git string) *Metrics {
 	m.podStartTotal = prometheus.NewHistogram(hist("pod_start_total_duration_seconds", "Duration in seconds to start a pod since creation, including time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started", podStartBuckets))
 	m.containersPerPod = prometheus.NewHistogram(hist("containers_per_pod_count", "The number of containers per pod.", prometheus.ExponentialBuckets(1, 2, 5)))
 	m.registry.MustRegister(m.requests, m.requestSeconds, m.operations, m.operationSeconds, m.operationErrors, m.sandboxSeconds, m.sandboxErrors,
-		m.podsStarted, m.podErrors, m.started, m.startErrors, m.imagesRemoved, m.worker, m.podStart, m.podStartSLI, m.podStartTotal, m.containersPerPod)
+		m.podsStarted, m.podErrors, m.usernsStarted, m.usernsErrors, m.started, m.startErrors, m.imagesRemoved, m.worker, m.podStart, m.podStartSLI, m.podStartTotal, m.containersPerPod)
 
 	m.constant(subsystem+"_node_name", "The node's name. The count is always 1.", prometheus.Labels{"node": node})
 	m.constant("kubernetes_build_info", "A metric with a constant '1' value labeled by the version of Kubernetes that the node stands for.",

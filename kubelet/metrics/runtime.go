@@ -2,12 +2,11 @@ package metrics
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"google.golang.org/grpc/status"
 
 	"github.com/podd-runtime/podd/kubelet/pods"
 )
@@ -18,6 +17,19 @@ type counted struct {
 	m *Metrics
 	// kind of a container by the labels of its pod; see Runtime.
 	kind func(namespace, pod, container string) string
+	made sync.Map // created, of containers that have not been started, by id
+}
+
+// created is what a start's metrics tell of a container.
+type created struct {
+	kind   string
+	userns bool
+}
+
+// inUserNamespace says whether a sandbox has one of its own.
+func inUserNamespace(s *runtimeapi.PodSandboxConfig) bool {
+	u := s.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+	return u != nil && u.GetMode() == runtimeapi.NamespaceMode_POD
 }
 
 // Runtime counts what is done with r. Containers are told apart by pod, which
@@ -57,9 +69,16 @@ func (c *counted) RunPodSandbox(ctx context.Context, r *runtimeapi.RunPodSandbox
 	resp, err = c.Runtime.RunPodSandbox(ctx, r)
 	c.m.sandboxSeconds.WithLabelValues(r.GetRuntimeHandler()).Observe(time.Since(begin).Seconds())
 	c.m.podsStarted.Inc()
+	userns := inUserNamespace(r.GetConfig())
+	if userns {
+		c.m.usernsStarted.Inc()
+	}
 	if err != nil {
 		c.m.sandboxErrors.WithLabelValues(r.GetRuntimeHandler()).Inc()
 		c.m.podErrors.Inc()
+		if userns {
+			c.m.usernsErrors.Inc()
+		}
 	}
 	return resp, err
 }
@@ -88,18 +107,33 @@ func (c *counted) CreateContainer(ctx context.Context, r *runtimeapi.CreateConta
 	defer c.m.count("create_container", time.Now(), &err)
 	m := r.GetSandboxConfig().GetMetadata()
 	kind := c.kind(m.GetNamespace(), m.GetName(), r.GetConfig().GetMetadata().GetName())
-	// Counted here and not when it starts: a start names no pod.
+	// Counted here and not when it starts, as upstream: a start names no pod.
 	c.m.started.WithLabelValues(kind).Inc()
 	resp, err = c.Runtime.CreateContainer(ctx, r)
+	is := created{kind, inUserNamespace(r.GetSandboxConfig())}
 	if err != nil {
-		c.m.startErrors.WithLabelValues(kind, status.Code(err).String()).Inc()
+		c.failed(is, "CreateContainerError")
+	} else {
+		c.made.Store(resp.GetContainerId(), is)
 	}
 	return resp, err
 }
 
+// failed counts a start that failed, by upstream's reason.
+func (c *counted) failed(is created, reason string) {
+	c.m.startErrors.WithLabelValues(is.kind, reason).Inc()
+	if is.userns {
+		c.m.usernsErrors.Inc()
+	}
+}
+
 func (c *counted) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest) (resp *runtimeapi.StartContainerResponse, err error) {
 	defer c.m.count("start_container", time.Now(), &err)
-	return c.Runtime.StartContainer(ctx, r)
+	resp, err = c.Runtime.StartContainer(ctx, r)
+	if is, known := c.made.LoadAndDelete(r.GetContainerId()); known && err != nil {
+		c.failed(is.(created), "RunContainerError")
+	}
+	return resp, err
 }
 
 func (c *counted) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest) (resp *runtimeapi.StopContainerResponse, err error) {
@@ -109,6 +143,7 @@ func (c *counted) StopContainer(ctx context.Context, r *runtimeapi.StopContainer
 
 func (c *counted) RemoveContainer(ctx context.Context, r *runtimeapi.RemoveContainerRequest) (resp *runtimeapi.RemoveContainerResponse, err error) {
 	defer c.m.count("remove_container", time.Now(), &err)
+	c.made.Delete(r.GetContainerId())
 	return c.Runtime.RemoveContainer(ctx, r)
 }
 
