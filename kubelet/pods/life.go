@@ -176,6 +176,9 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 	}
 	if l.o.Resize != StepAbsent {
 		o.Actual = l.o.Actual // otherwise it is what the pod says
+		if l.podActual != nil {
+			o.ActualPod = l.podActual.Spec.Resources
+		}
 	}
 	p := planner{d: &l.d, o: &l.o}
 	for c := range podutil.ContainerIter(&l.d.Pod.Spec, podutil.InitContainers|podutil.Containers) {

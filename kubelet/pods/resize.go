@@ -349,6 +349,19 @@ func shrinks(was, is v1.ResourceRequirements) bool {
 // check refuses limits that are below what is in use: the kernel would kill.
 func (r *resizer) check(ctx context.Context) error {
 	var problems []error
+	if limit, decreases := r.podLimit(); decreases {
+		used := uint64(0)
+		for name, id := range r.live {
+			n, err := r.used(ctx, name, id)
+			if err != nil {
+				return err
+			}
+			used += n
+		}
+		if used >= uint64(limit) {
+			problems = append(problems, fmt.Errorf("attempting to set pod memory limit (%d) below current usage (%d)", limit, used))
+		}
+	}
 	for c := range podutil.ContainerIter(&r.pod.Spec, podutil.InitContainers|podutil.Containers) {
 		id, running := r.live[c.Name]
 		limit, limited := c.Resources.Limits[v1.ResourceMemory]
@@ -356,11 +369,11 @@ func (r *resizer) check(ctx context.Context) error {
 		if !running || !limited || resizeOf(c, r.actual) != resizeUpdate || hadLimit && limit.Cmp(had) >= 0 {
 			continue
 		}
-		resp, err := r.w.t.deps.Runtime.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: id})
+		used, err := r.used(ctx, c.Name, id)
 		if err != nil {
-			return fmt.Errorf("unable to read memory usage of container %q: %w", c.Name, errors.New(message(err)))
+			return err
 		}
-		if used := resp.GetStats().GetMemory().GetUsageBytes().GetValue(); used >= uint64(limit.Value()) {
+		if used >= uint64(limit.Value()) {
 			problems = append(problems, fmt.Errorf("attempting to set container %q memory limit (%d) below current usage (%d)", c.Name, limit.Value(), used))
 		}
 	}
@@ -368,4 +381,23 @@ func (r *resizer) check(ctx context.Context) error {
 		return nil
 	}
 	return fmt.Errorf("cannot decrease memory limits: %w", errors.Join(problems...))
+}
+
+// podLimit is the pod's own memory limit in bytes, and whether it is to shrink.
+func (r *resizer) podLimit() (limit int64, decreases bool) {
+	if r.was == nil || r.was.Spec.Resources == nil || r.pod.Spec.Resources == nil {
+		return 0, false
+	}
+	want, limited := r.pod.Spec.Resources.Limits[v1.ResourceMemory]
+	have, had := r.was.Spec.Resources.Limits[v1.ResourceMemory]
+	return want.Value(), limited && (!had || want.Cmp(have) < 0)
+}
+
+// used is a container's memory in bytes.
+func (r *resizer) used(ctx context.Context, name, id string) (uint64, error) {
+	resp, err := r.w.t.deps.Runtime.ContainerStats(ctx, &runtimeapi.ContainerStatsRequest{ContainerId: id})
+	if err != nil {
+		return 0, fmt.Errorf("unable to read memory usage of container %q: %w", name, errors.New(message(err)))
+	}
+	return resp.GetStats().GetMemory().GetUsageBytes().GetValue(), nil
 }

@@ -113,6 +113,19 @@ func TestResizeOfThePodsOwnLimit(t *testing.T) {
 		if p := n.get("web"); n.rt.starts("default/web/a") != 1 || condition(p, v1.PodResizeInProgress) != nil || p.Status.Resources.Limits.Memory().String() != "32Mi" {
 			t.Errorf("status: %+v", p.Status)
 		}
+
+		tiny := next.DeepCopy()
+		tiny.Generation++
+		level("8Mi")(tiny)
+		n.table.SetPod("api", tiny)
+		after(time.Second)
+		p := n.get("web")
+		if c := condition(p, v1.PodResizeInProgress); c == nil || c.Reason != v1.PodReasonError || !strings.Contains(c.Message, "attempting to set pod memory limit (8388608) below current usage (16777216)") {
+			t.Errorf("condition: %+v", c)
+		}
+		if got := n.takeUpdates(); got != "" || p.Status.Resources.Limits.Memory().String() != "32Mi" || p.Status.AllocatedResources.Memory().String() != "8Mi" {
+			t.Errorf("updates %q, status: %+v", got, p.Status)
+		}
 	})
 }
 

@@ -85,6 +85,9 @@ type Observed struct {
 	// Actual are the resources that running containers have, where they may
 	// not be those of the pod.
 	Actual map[string]v1.ResourceRequirements
+	// ActualPod are the pod's own while a resize has not given it those that it
+	// has been allocated; nil: it has them.
+	ActualPod *v1.ResourceRequirements
 	// ResizePending and ResizeInProgress are resizes that could not be
 	// allocated, and that are not with all containers yet; nil: none.
 	ResizePending, ResizeInProgress *Resize

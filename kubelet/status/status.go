@@ -58,8 +58,11 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 // podResources are what the pod's containers have together, or the pod by its
 // own resources.
 func podResources(pod *v1.Pod, o *Observed) *v1.ResourceRequirements {
-	if len(o.Actual) > 0 {
+	if len(o.Actual) > 0 || o.ActualPod != nil {
 		pod = pod.DeepCopy()
+		if o.ActualPod != nil {
+			pod.Spec.Resources = o.ActualPod
+		}
 		for c := range podutil.ContainerIter(&pod.Spec, podutil.InitContainers|podutil.Containers) {
 			if r, known := o.Actual[c.Name]; known {
 				c.Resources = r
