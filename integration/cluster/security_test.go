@@ -82,19 +82,27 @@ func apiPaths(namespace, pod string) []string {
 	}
 }
 
+// direct is a new node of the cluster whose API is asked past the apiserver, at
+// the port.
+func direct(t *testing.T, name string) (s *space, port int) {
+	t.Helper()
+	p := plane(t)
+	port = control.FreePort(t)
+	kubeconfig, err := p.Node(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := p.NewNodeWith(t, name, "--kubeconfig", kubeconfig, "--client-ca-file", p.CA(), "--port", strconv.Itoa(port))
+	mirror(t, n)
+	n.Start()
+	return enter(t, name), port
+}
+
 // TestStrangersAtTheNode walks the node's API as everybody who may not use it,
 // with a cluster that is asked about tokens and rights.
 func TestStrangersAtTheNode(t *testing.T) {
 	p := plane(t)
-	port := control.FreePort(t)
-	kubeconfig, err := p.Node("guarded")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := p.NewNodeWith(t, "guarded", "--kubeconfig", kubeconfig, "--client-ca-file", p.CA(), "--port", strconv.Itoa(port))
-	mirror(t, n)
-	n.Start()
-	s := enter(t, "guarded")
+	s, port := direct(t, "guarded")
 	s.create(serverOf("web"))
 	s.awaitReady("web")
 	foreign, err := control.NewAuthority(filepath.Join(t.TempDir(), "pki"))
@@ -132,7 +140,7 @@ func TestStrangersAtTheNode(t *testing.T) {
 	}
 
 	// Who may see metrics sees those, and nothing else.
-	s.grant("default", "nodes/metrics", "nodes/stats")
+	s.grant("default", []string{"get", "list"}, "nodes/metrics", "nodes/stats")
 	s.await("metrics with a token", time.Minute, func(context.Context) error {
 		code, body, err := stranger.do("GET", "/metrics/resource", token)
 		if err != nil || code != http.StatusOK || !strings.Contains(body, "node_cpu_usage_seconds_total") {
@@ -163,23 +171,14 @@ func TestStrangersAtTheNode(t *testing.T) {
 // itself: it ends with the pod that the token is bound to.
 func TestSessionsEndWithTheirCredential(t *testing.T) {
 	long(t)
-	p := plane(t)
-	port := control.FreePort(t)
-	kubeconfig, err := p.Node("bound")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := p.NewNodeWith(t, "bound", "--kubeconfig", kubeconfig, "--client-ca-file", p.CA(), "--port", strconv.Itoa(port))
-	mirror(t, n)
-	n.Start()
-	s := enter(t, "bound")
+	s, port := direct(t, "bound")
 	s.create(podOf("web", "sleep", "100000"), podOf("bearer", "sleep", "100000"))
 	s.awaitReady("web", "bearer")
 	bearer, err := s.pod(t.Context(), "bearer")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.grant("default", "nodes/proxy")
+	s.grant("default", []string{"get", "create"}, "nodes/proxy")
 	r, err := s.Client.CoreV1().ServiceAccounts(s.name).CreateToken(t.Context(), "default", &authenticationv1.TokenRequest{
 		Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: bearer.Name, UID: bearer.UID}},
 	}, metav1.CreateOptions{})
@@ -231,15 +230,14 @@ func (s *space) token(account string) string {
 	return r.Status.Token
 }
 
-// grant a service account of the namespace the right to get resources of nodes,
-// and to create in them, as an exec does.
-func (s *space) grant(account string, resources ...string) {
+// grant a service account of the namespace rights to resources of nodes.
+func (s *space) grant(account string, verbs []string, resources ...string) {
 	s.Helper()
 	name := "test:" + s.name
 	roles, bindings := s.Client.RbacV1().ClusterRoles(), s.Client.RbacV1().ClusterRoleBindings()
 	_, err := roles.Create(s.Context(), &rbacv1.ClusterRole{
 		ObjectMeta: metav1.ObjectMeta{Name: name},
-		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: resources, Verbs: []string{"get", "list", "create"}}},
+		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: resources, Verbs: verbs}},
 	}, metav1.CreateOptions{})
 	if err == nil {
 		_, err = bindings.Create(s.Context(), &rbacv1.ClusterRoleBinding{

@@ -107,7 +107,7 @@ func (c *counted) CreateContainer(ctx context.Context, r *runtimeapi.CreateConta
 	defer c.m.count("create_container", time.Now(), &err)
 	m := r.GetSandboxConfig().GetMetadata()
 	kind := c.kind(m.GetNamespace(), m.GetName(), r.GetConfig().GetMetadata().GetName())
-	// Counted here and not when it starts, as upstream: a start names no pod.
+	// Counted here and not when it starts: a start names no pod.
 	c.m.started.WithLabelValues(kind).Inc()
 	resp, err = c.Runtime.CreateContainer(ctx, r)
 	is := created{kind, inUserNamespace(r.GetSandboxConfig())}

@@ -86,8 +86,9 @@ func (s *Server) watchOOM(c *container, reported bool) *oomWatch {
 		o.fd, err = oomEventfd(dir)
 	} else if dir := paths[""]; dir != "" && s.host.unified {
 		o.path, o.file = dir, "memory.events"
-		o.fd, err = oomInotify(dir)
-		s.join(o)
+		if o.fd, err = oomInotify(dir); err == nil {
+			s.join(o)
+		}
 	} else {
 		return o
 	}
