@@ -10,20 +10,25 @@
  *    |-- fork, exec -------->|
  *    |                       | cgroups, limits, LSM attributes
  *    |                       | setns(pidfd of the container's init)
- *    |                       |-- clone3(CLONE_PARENT) ->| in the PID namespace,
- *    |<-- 'p' pid -----------|                          | a child of the shim
- *    |                       `- exit                    | terminal, filter, user
- *    |<-- 't' terminal, or 'e' … and why ---------------|
- *    |<-- end of file ----------------------------------| execve
+ *    |<-- 't' terminal, -----| terminal, user, capabilities, filter
+ *    |    or 'e' and why     | closes all but the streams
+ *    |                       |-- clone(CLONE_PARENT, --->| in the PID namespace,
+ *    |                       |   CLONE_VFORK)            | a child of the shim
+ *    |<== pid, by the kernel-|                           | setsid, execve
+ *    |<-- exit --------------| when that is done         |
  *
  * Descriptors: 0, 1, 2  the process's
  *              3        status, a SOCK_SEQPACKET socket
  *              4        the plan
  *              5        pidfd of the container's init
  *
- * The two share their memory until inner executes the program: it holds
- * nothing but the plan. They are not dumpable, so that who is in the container
- * reaches neither memory nor descriptors of them (CVE-2016-9962).
+ * Who in the container may trace (CAP_SYS_PTRACE) owns inner from its birth: no
+ * flag of a process keeps its namespace's tracers away. So inner is born with
+ * nothing that the executed program will not have: its user, its capabilities
+ * and bounding set, its filter, its three descriptors, and memory of its own.
+ * Outer never is in the container's PID namespace, so nobody there can name it;
+ * it alone speaks to the shim, and the kernel itself writes inner's number into
+ * the first page of the plan, which inner does not get.
  */
 #include <asm/errno.h>
 #include <asm/ioctls.h>
@@ -71,7 +76,8 @@ struct span {
 
 struct plan {
 	u32 magic, size;
-	u32 flags, ns; /* ns: what setns(2) shall join */
+	s32 child, err; /* for the shim: inner's pid, or why there is none */
+	u32 flags, ns;  /* ns: what setns(2) shall join */
 	u32 uid, gid;
 	s32 oom;
 	u32 umask, personality, ioprio;
@@ -93,9 +99,10 @@ struct rlimit_order {
 	u64 resource, soft, hard;
 };
 
-_Static_assert(sizeof(struct plan) == 184, "package enter encodes this");
+_Static_assert(sizeof(struct plan) == 192, "package enter encodes this");
 
-static struct plan *plan;
+static struct plan *plan;   /* our copy */
+static struct plan *shared; /* its first page, which the shim sees, too */
 
 static void *at(u32 off) { return (char *)plan + off; }
 
@@ -187,59 +194,35 @@ static const char *decimal(long v, char *buf, int size)
 	return buf + i;
 }
 
-/* clone_into runs fn on a stack of its own in a sibling of this process. */
-static long clone_into(struct clone_args *a, void (*fn)(void))
+static __attribute__((aligned(16))) u64 all_cpus[1024 / sizeof(u64)];
+
+/* map_plan maps the plan, and apart from it what the shim reads. */
+static void map_plan(void)
 {
-	long r;
-#if defined(__x86_64__)
-	__asm__ volatile("syscall\n\t"
-			 "test %%rax,%%rax\n\t"
-			 "jnz 1f\n\t"
-			 "xor %%ebp,%%ebp\n\t"
-			 "call *%4\n"
-			 "1:"
-		: "=a"(r) : "a"(__NR_clone3), "D"(a), "S"(sizeof *a), "r"(fn)
-		: "rcx", "r11", "memory");
-#else
-	register long x8 __asm__("x8") = __NR_clone3;
-	register long x0 __asm__("x0") = (long)a;
-	register long x1 __asm__("x1") = sizeof *a;
-	__asm__ volatile("svc 0\n\t"
-			 "cbnz x0,1f\n\t"
-			 "mov x29,#0\n\t"
-			 "blr %3\n"
-			 "1:"
-		: "+r"(x0) : "r"(x1), "r"(x8), "r"(fn) : "x30", "memory");
-	r = x0;
-#endif
-	return r;
-}
+	long size = check(sys3(__NR_lseek, PLAN, 0, 2 /* SEEK_END */), "read plan", 0), r;
 
-static __attribute__((aligned(16))) char stack[32 << 10];
-
-static void inner(void);
-
-__attribute__((noreturn, used)) void run(long *args)
-{
-	struct clone_args clone = { 0 };
-	char num[16];
-	u64 none = 0, *offs;
-	struct rlimit_order *limit;
-	long r, size;
-	u32 i;
-
-	(void)args;
-	check(sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0), "set process as non-dumpable", 0);
-	r = sys3(__NR_close_range, FIRST_UNUSED, ~0U, 0);
-	if (r < 0) /* before Linux 5.9 */
-		unable("close_range", r);
-	size = check(sys3(__NR_lseek, PLAN, 0, 2 /* SEEK_END */), "read plan", 0);
 	r = sys6(__NR_mmap, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_POPULATE, PLAN, 0);
 	if (r < 0 && r > -PATH_MAX)
 		fail("map plan", 0, r);
 	plan = (struct plan *)r;
 	if (size < (long)sizeof *plan || plan->magic != MAGIC || plan->size != size)
 		fail("plan on descriptor 4", 0, -EINVAL);
+	r = sys6(__NR_mmap, 0, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, PLAN, 0);
+	if (r < 0 && r > -PATH_MAX)
+		fail("map plan", 0, r);
+	shared = (struct plan *)r;
+	check(sys3(__NR_madvise, shared, sizeof *shared, MADV_DONTFORK), "keep plan from inner", 0);
+}
+
+/* prepare does what takes the shim's place in the tree: cgroups, limits, LSM. */
+static void prepare(void)
+{
+	char num[16];
+	u64 none = 0, *offs;
+	struct rlimit_order *limit;
+	long r;
+	u32 i;
+
 	sys4(__NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &none, 0, sizeof none);
 
 	if (plan->initial.n)
@@ -253,11 +236,9 @@ __attribute__((noreturn, used)) void run(long *args)
 		      "error setting final CPU affinity", 0);
 	else if (!plan->initial.n) {
 		/* More than any kernel's CPUs; it cuts off what it does not have. */
-		u64 *all = (u64 *)stack;
-
-		for (i = 0; i < 1024 / sizeof *all; i++)
-			all[i] = ~0UL;
-		sys3(__NR_sched_setaffinity, 0, 1024, all);
+		for (i = 0; i < sizeof all_cpus / sizeof *all_cpus; i++)
+			all_cpus[i] = ~0UL;
+		sys3(__NR_sched_setaffinity, 0, sizeof all_cpus, all_cpus);
 	}
 	if (plan->flags & F_OOM)
 		check(put("/proc/self/oom_score_adj", decimal(plan->oom, num, sizeof num)),
@@ -273,24 +254,6 @@ __attribute__((noreturn, used)) void run(long *args)
 	for (i = 0; i < plan->rlimits.n; i++, limit++)
 		check(sys4(__NR_prlimit64, 0, limit->resource, &limit->soft, 0),
 		      "error setting rlimit type", decimal(limit->resource, num, sizeof num));
-
-	r = sys2(__NR_setns, INIT, plan->ns);
-	if (r == -EINVAL) /* before Linux 5.8 */
-		unable("setns by pidfd", r);
-	if (r == -ESRCH)
-		gone("join namespaces", r);
-	check(r, "join namespaces", 0);
-
-	clone.flags = CLONE_PARENT | CLONE_VM;
-	clone.stack = (u64)stack;
-	clone.stack_size = sizeof stack;
-	r = clone_into(&clone, inner);
-	if (r == -ENOSYS) /* before Linux 5.3 */
-		unable("clone3", r);
-	if (r == -ENOMEM) /* or the PID namespace has ended */
-		gone("fork in the container", r);
-	tell(r < 0 ? 'e' : 'p', r < 0 ? -r : r, r < 0 ? "fork in the container" : "", 0);
-	leave(r < 0 ? 255 : 0);
 }
 
 /* send_terminal gives the master to the shim. */
@@ -320,8 +283,8 @@ static void send_terminal(int fd)
 }
 
 /*
- * terminal makes a pty of the container's devpts the standard streams and the
- * controlling terminal. What is in place of /dev/pts may be hostile: its root
+ * terminal makes a pty of the container's devpts the standard streams; inner
+ * makes it its controlling terminal. What is in place of /dev/pts may be hostile: its root
  * is looked at before anything in it is opened, and no mount is crossed.
  */
 static void terminal(void)
@@ -358,8 +321,6 @@ static void terminal(void)
 	send_terminal(master);
 	for (i = 0; i < 3; i++)
 		check(sys3(__NR_dup3, peer, i, 0), "dup3", 0);
-	check(sys3(__NR_ioctl, 0, TIOCSCTTY, 0), "set controlling terminal", 0);
-	sys3(__NR_close_range, PLAN, ~0U, 0);
 }
 
 static long number(const char *s, const char *end)
@@ -611,7 +572,7 @@ static void say(const char *s) { sys3(__NR_write, 2, s, len(s)); }
  * execute does not come back. A program that is there and cannot be executed
  * counts as run: exit code 255 with the reason on its standard error.
  */
-static void execute(const char *file)
+__attribute__((noreturn)) static void execute(const char *file)
 {
 	char num[16];
 	long r;
@@ -645,15 +606,16 @@ static void relocate(struct span s)
 		p[i] += (u64)plan;
 }
 
-static void inner(void)
+/* join becomes a part of the container, in all but the PID namespace. */
+static void join(void)
 {
-	const char *file;
-	long i, r, later;
+	long r = sys2(__NR_setns, INIT, plan->ns);
 
-	sys5(__NR_prctl, PR_SET_NAME, "podd-enter", 0, 0, 0);
-	sys3(__NR_close_range, PLAN, ~0U, 0); /* the plan stays mapped */
-	sys3(__NR_fcntl, STATUS, F_SETFD, FD_CLOEXEC);
-	check(sys0(__NR_setsid), "setsid", 0);
+	if (r == -EINVAL) /* before Linux 5.8 */
+		unable("setns by pidfd", r);
+	if (r == -ESRCH)
+		gone("join namespaces", r);
+	check(r, "join namespaces", 0);
 	/* Root of the container's user namespace. */
 	check(sys3(__NR_setresuid, 0, 0, 0), "failed to become root in user namespace: setresuid", 0);
 	check(sys3(__NR_setresgid, 0, 0, 0), "failed to become root in user namespace: setresgid", 0);
@@ -662,8 +624,11 @@ static void inner(void)
 		if (r < 0 && r != -ENOSYS)
 			fail("join session keyring", 0, r);
 	}
-	if (plan->flags & F_TTY)
-		terminal();
+}
+
+/* attributes sets what the program inherits and needs privileges for. */
+static void attributes(void)
+{
 	if (plan->flags & F_NO_NEW_PRIVS)
 		check(sys5(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "set no_new_privs", 0);
 	if (plan->flags & F_UMASK)
@@ -674,18 +639,13 @@ static void inner(void)
 		check(sys3(__NR_ioprio_set, 1 /* IOPRIO_WHO_PROCESS */, 0, plan->ioprio), "failed to set io priority", 0);
 	if (plan->flags & F_PERSONALITY)
 		check(sys1(__NR_personality, plan->personality), "set_personality", 0);
-	relocate(plan->argv);
-	relocate(plan->envp);
-	if (plan->flags & F_HOME) {
-		find_home();
-		((char **)at(plan->envp.off))[plan->envp.n] = home;
-	}
-	/* Without no_new_privs this takes CAP_SYS_ADMIN, so it comes now;
-	 * otherwise last, so that as little as possible is under it. */
-	if (!(plan->flags & F_NO_NEW_PRIVS))
-		install_filter();
+}
 
-	later = 0;
+/* drop_rights leaves the user, the directory and the capabilities that the program gets. */
+static void drop_rights(void)
+{
+	long i, r, later = 0;
+
 	if (plan->cwd) {
 		r = change_dir();
 		later = r == -EPERM || r == -EACCES; /* the user may be allowed what root is not */
@@ -708,8 +668,58 @@ static void inner(void)
 	check(sys5(__NR_prctl, PR_SET_KEEPCAPS, 0, 0, 0, 0), "unable to clear keep caps", 0);
 	if (plan->flags & F_CAPS)
 		set_capabilities();
+}
+
+/* inner has the rights of the program already. */
+__attribute__((noreturn)) static void inner(const char *file)
+{
+	sys0(__NR_setsid);
+	if (plan->flags & F_TTY)
+		sys3(__NR_ioctl, 0, TIOCSCTTY, 0);
+	execute(file);
+}
+
+__attribute__((noreturn, used)) void run(long *args)
+{
+	const char *file;
+	long r;
+
+	(void)args;
+	check(sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0), "set process as non-dumpable", 0);
+	sys5(__NR_prctl, PR_SET_NAME, "podd-enter", 0, 0, 0);
+	r = sys3(__NR_close_range, FIRST_UNUSED, ~0U, 0);
+	if (r < 0) /* before Linux 5.9 */
+		unable("close_range", r);
+	map_plan();
+	prepare();
+	join();
+	if (plan->flags & F_TTY)
+		terminal();
+	attributes();
+	relocate(plan->argv);
+	relocate(plan->envp);
+	if (plan->flags & F_HOME) {
+		find_home();
+		((char **)at(plan->envp.off))[plan->envp.n] = home;
+	}
+	/* Without no_new_privs this takes CAP_SYS_ADMIN, so it comes now;
+	 * otherwise last, so that as little as possible is under it. */
+	if (!(plan->flags & F_NO_NEW_PRIVS))
+		install_filter();
+	drop_rights();
 	file = find_program(((char **)at(plan->argv.off))[0]);
+	/* Changing the user may have changed it (fs.suid_dumpable). */
+	check(sys5(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0), "set process as non-dumpable", 0);
 	if (plan->flags & F_NO_NEW_PRIVS)
 		install_filter();
-	execute(file);
+
+	sys3(__NR_close_range, STATUS, ~0U, 0);
+	/* No stack: inner goes on with a copy of ours. No exit signal: with
+	 * CLONE_PARENT it is that of this process. Outer waits for the execve. */
+	r = sys5(__NR_clone, CLONE_PARENT | CLONE_VFORK | CLONE_PARENT_SETTID, 0, &shared->child, 0, 0);
+	if (r == 0)
+		inner(file);
+	if (r < 0)
+		shared->err = -r;
+	leave(r < 0 ? 255 : 0);
 }

@@ -40,6 +40,9 @@ type container struct {
 	tty   *os.File
 	oom   *oomWatch
 	execs map[*execution]struct{}
+	way   *passage // into a shared PID namespace, from creation to start
+
+	hold hold
 }
 
 func newContainer(s *Server, r record) *container {
@@ -132,11 +135,12 @@ func (s *Server) create(ctx context.Context, spec *shim.ContainerSpec, digest st
 	if _, err := s.sandbox(spec.SandboxID); err != nil {
 		return nil, err
 	}
+	tracer := tracingSpec(spec.Spec.Process)
 	c := newContainer(s, record{
 		Digest: digest, Making: true, LogPath: spec.LogPath, LogMaxSize: spec.LogMaxSize, LogMaxFiles: spec.LogMaxFiles,
 		Stdin: spec.Stdin, StdinOnce: spec.StdinOnce, Terminal: spec.Spec.Process.Terminal,
 		Cgroup: spec.Spec.Linux.CgroupsPath, SystemdCgroup: spec.SystemdCgroup,
-		OwnPIDNS: ownPIDNamespace(spec.Spec), NoNewPrivs: spec.Spec.Process.NoNewPrivileges,
+		OwnPIDNS: ownPIDNamespace(spec.Spec), SharesPIDs: sharesPIDs(spec.Spec), Tracer: &tracer, NoNewPrivs: spec.Spec.Process.NoNewPrivileges,
 		Process: shim.Process{ID: spec.ID, SandboxID: spec.SandboxID},
 	})
 	if err := c.op.lock(ctx); err != nil {
@@ -152,7 +156,7 @@ func (s *Server) create(ctx context.Context, spec *shim.ContainerSpec, digest st
 	if old != nil {
 		return old.again(ctx, digest)
 	}
-	if err := c.create(spec); err != nil {
+	if err := c.create(ctx, spec); err != nil {
 		s.mu.Lock()
 		delete(s.byID, spec.ID)
 		s.mu.Unlock()
@@ -247,7 +251,7 @@ func order(id string, config *configs.Config, label string, f *filter, mode conf
 }
 
 // create does the work; whatever it acquired it gives back on error.
-func (c *container) create(spec *shim.ContainerSpec) (err error) {
+func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err error) {
 	s, id := c.s, spec.ID
 	var undo undoStack
 	defer func() {
@@ -296,9 +300,18 @@ func (c *container) create(spec *shim.ContainerSpec) (err error) {
 	if err != nil {
 		return err
 	}
-	defer helm.Close()
 	defer helmInit.Close()
 	process.ExtraFiles = []*os.File{orderFile, helmInit}
+	var way *passage
+	if c.rec.SharesPIDs {
+		if way, err = c.enterPassage(ctx, helm); err != nil {
+			helm.Close()
+			return err
+		}
+		undo.add("passage", func() error { way.end(); return nil })
+	} else {
+		defer helm.Close()
+	}
 
 	end := s.reaper.begin()
 	defer end()
@@ -349,14 +362,14 @@ func (c *container) create(spec *shim.ContainerSpec) (err error) {
 	c.oom = s.watchOOM(c, false)
 	c.keepAll()
 
-	if err := c.made(pid); err != nil {
+	if err := c.made(pid, way); err != nil {
 		return err
 	}
 	return c.out.start()
 }
 
 // made ends the creation.
-func (c *container) made(pid int) error {
+func (c *container) made(pid int, way *passage) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if exit := c.rec.Process.Exit; exit != nil {
@@ -370,6 +383,10 @@ func (c *container) made(pid int) error {
 		return err
 	}
 	c.rec = r
+	if way != nil {
+		c.way = way
+		way.arm()
+	}
 	return nil
 }
 
@@ -495,6 +512,21 @@ func (c *container) release(ctx context.Context) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	return c.executed(pidfd)
+}
+
+// executed ends the container's passage when its program is being executed.
+func (c *container) executed(pidfd int) error {
+	c.mu.Lock()
+	way := c.way
+	c.mu.Unlock()
+	if way == nil {
+		return nil
+	}
+	if err := way.executed(pidfd); err != nil {
+		return err // what ends init ends the passage
+	}
+	way.end()
 	return nil
 }
 
@@ -522,7 +554,9 @@ func (c *container) onExit(exit shim.Exit) {
 		p := c.rec.Process
 		s.events.append(shim.Event{Kind: shim.EventExited, ID: p.ID, PID: p.PID, At: exit.At, Exit: &exit})
 	}
+	way := c.way
 	c.mu.Unlock()
+	way.end()
 	if made {
 		// An ended container that is kept for its status holds no descriptors.
 		if drained {

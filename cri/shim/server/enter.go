@@ -284,6 +284,9 @@ func (c *container) plan(b *execBase, p *libcontainer.Process, tty bool) (*enter
 		if plan.Scheduler, err = configs.ToSchedAttr(scheduler); err != nil {
 			return nil, fmt.Errorf("scheduler: %w: %w", err, errdefs.ErrInvalidArgument)
 		}
+		if plan.Scheduler.Flags&unix.SCHED_FLAG_RESET_ON_FORK != 0 {
+			return nil, &enter.Unable{What: "keep a scheduler that a fork resets", Err: errdefs.ErrNotImplemented}
+		}
 	}
 	priority := b.ioPriority
 	if p.IOPriority != nil {

@@ -126,18 +126,19 @@ func (c *container) exec(req *wire.ExecRequest, files [3]*os.File, conn *wire.Co
 	if err != nil {
 		return nil, nil, err
 	}
+	c.hold.wait()
 	end := c.s.reaper.begin()
 	defer end()
 	var started *enter.Process
 	if req.Libcontainer {
-		err = &enter.Unable{What: "be used, as the caller says"}
+		err = errAsked
 	} else {
 		started, err = c.enter(process, req.Process.Terminal, files, conn)
 	}
 	var unable *enter.Unable
 	if errors.As(err, &unable) {
 		c.s.log.Debug("exec by libcontainer", "id", c.rec.Process.ID, "because", unable.Error())
-		started, err = c.execByLibcontainer(process, req.Process.Terminal, files)
+		started, err = c.execByLibcontainer(process, req.Process.Terminal, files, unable)
 	}
 	if err != nil {
 		return nil, nil, err
@@ -159,8 +160,11 @@ func (c *container) exec(req *wire.ExecRequest, files [3]*os.File, conn *wire.Co
 	return e, tty, nil
 }
 
+// errAsked: the caller wants the other way, to compare the two.
+var errAsked = &enter.Unable{What: "be used", Err: errors.New("the caller says so")}
+
 // execByLibcontainer starts what package enter does not cover.
-func (c *container) execByLibcontainer(process *libcontainer.Process, terminal bool, files [3]*os.File) (_ *enter.Process, err error) {
+func (c *container) execByLibcontainer(process *libcontainer.Process, terminal bool, files [3]*os.File, because *enter.Unable) (_ *enter.Process, err error) {
 	s, id := c.s, c.rec.Process.ID
 	// A loaded object of its own: libcontainer holds an object's lock for the
 	// whole start, and a second exec shall not wait for the first.
@@ -169,6 +173,11 @@ func (c *container) execByLibcontainer(process *libcontainer.Process, terminal b
 		return nil, lcError(err)
 	}
 	config := lc.Config()
+	if because != errAsked {
+		if err := c.refuseTraced(&config, because); err != nil {
+			return nil, err
+		}
+	}
 	f, err := s.filters.named(c.rec.Filter)
 	if err != nil {
 		return nil, err // never without the filter the container has
@@ -212,11 +221,19 @@ func (c *container) execByLibcontainer(process *libcontainer.Process, terminal b
 	}
 	if terminal {
 		if started.Terminal, err = receiveTTY(socket); err != nil {
-			_ = unix.Kill(started.PID, unix.SIGKILL) // ours, and not waited for yet
+			killChild(started.PID)
 			return nil, err
 		}
 	}
 	return started, nil
+}
+
+// killChild kills a child that has not been waited for: the number is its own.
+func killChild(pid int) {
+	if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		unix.Close(fd)
+	}
 }
 
 func (e *execution) onExit(exit shim.Exit) {

@@ -90,6 +90,7 @@ func (s *Server) recover(handed []stored) error {
 		}
 	}
 	s.sweepStrays()
+	s.thawLeft()
 	return nil
 }
 

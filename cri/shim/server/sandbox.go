@@ -25,6 +25,7 @@ import (
 type sandbox struct {
 	s      *Server
 	op     opLock
+	starts opLock // of containers in a PID namespace that others share
 	exited chan struct{}
 	fds    *fdStore
 
@@ -35,7 +36,7 @@ type sandbox struct {
 }
 
 func newSandbox(s *Server, r record) *sandbox {
-	return &sandbox{s: s, op: newOpLock(), exited: make(chan struct{}), rec: r, pidfd: -1}
+	return &sandbox{s: s, op: newOpLock(), starts: newOpLock(), exited: make(chan struct{}), rec: r, pidfd: -1}
 }
 
 func (b *sandbox) snapshot() shim.Process {

@@ -189,12 +189,7 @@ func native(p *specs.LinuxSeccomp) bool {
 			return true
 		}
 	}
-	// Threads: a filter may look at clone's flags, and may answer clone3 with
-	// ENOSYS, which makes the C library use clone.
-	if !threadsAllowed(p) {
-		return true
-	}
-	return false
+	return !forksAllowed(p)
 }
 
 // alwaysAllowed: every call of name is allowed, whatever its arguments.
@@ -239,17 +234,26 @@ func permits(a specs.LinuxSeccompAction) bool {
 	return a == specs.ActAllow || a == specs.ActLog
 }
 
-// threadFlags is what glibc's pthread_create passes to clone.
-const threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SYSVSEM |
-	unix.CLONE_SIGHAND | unix.CLONE_THREAD | unix.CLONE_SETTLS | unix.CLONE_PARENT_SETTID | unix.CLONE_CHILD_CLEARTID
+// threadFlags is what glibc's pthread_create passes to clone, enterFlags what
+// cmd/enter does: the process it starts is born under the filter.
+const (
+	threadFlags = unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SYSVSEM |
+		unix.CLONE_SIGHAND | unix.CLONE_THREAD | unix.CLONE_SETTLS | unix.CLONE_PARENT_SETTID | unix.CLONE_CHILD_CLEARTID
+	enterFlags = unix.CLONE_PARENT | unix.CLONE_VFORK | unix.CLONE_PARENT_SETTID
+)
 
-func threadsAllowed(p *specs.LinuxSeccomp) bool {
+// forksAllowed: threads and the processes of enter may be made. A filter may
+// look at clone's flags, and may answer clone3 with ENOSYS, which makes the C
+// library use clone.
+func forksAllowed(p *specs.LinuxSeccomp) bool {
 	if !alwaysAllowed(p, "clone3") && !answers(p, "clone3", uint(unix.ENOSYS)) {
 		return false
 	}
-	if alwaysAllowed(p, "clone") {
-		return true
-	}
+	return alwaysAllowed(p, "clone") || cloneAllowed(p, threadFlags) && cloneAllowed(p, enterFlags)
+}
+
+// cloneAllowed: clone is allowed with these flags, whatever its other arguments.
+func cloneAllowed(p *specs.LinuxSeccomp, flags uint64) bool {
 	ok := false
 	for _, s := range p.Syscalls {
 		if !slices.Contains(s.Names, "clone") {
@@ -257,7 +261,7 @@ func threadsAllowed(p *specs.LinuxSeccomp) bool {
 		}
 		hit := true
 		for _, a := range s.Args {
-			hit = hit && a.Index == 0 && a.Op == specs.OpMaskedEqual && threadFlags&a.Value == a.ValueTwo
+			hit = hit && a.Index == 0 && a.Op == specs.OpMaskedEqual && flags&a.Value == a.ValueTwo
 		}
 		if hit && !permits(s.Action) {
 			return false

@@ -86,7 +86,7 @@ func TestCompileRuntimeDefault(t *testing.T) {
 				t.Errorf("%s is not always allowed", name)
 			}
 		}
-		t.Fatalf("the default profile would fall back to libcontainer's own way (threads allowed: %v)", threadsAllowed(p))
+		t.Fatalf("the default profile would fall back to libcontainer's own way (forks allowed: %v)", forksAllowed(p))
 	}
 	prog, err := compile(p)
 	if err != nil {

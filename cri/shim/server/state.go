@@ -41,6 +41,10 @@ type record struct {
 	StdinOnce   bool   `json:"stdinOnce,omitempty"`
 	Terminal    bool   `json:"terminal,omitempty"`
 	OwnPIDNS    bool   `json:"ownPIDNS,omitempty"`
+	// SharesPIDs: its PID namespace is its pod's or another container's.
+	SharesPIDs bool `json:"sharesPIDs,omitempty"`
+	// Tracer: its processes may have CAP_SYS_PTRACE; nil in older records.
+	Tracer *bool `json:"tracer,omitempty"`
 	// Filter names the compiled seccomp program that execs get; "": none, or
 	// libcontainer applies its own.
 	Filter string `json:"filter,omitempty"`

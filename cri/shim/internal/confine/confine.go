@@ -30,6 +30,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"time"
 	"unsafe"
 
 	"github.com/opencontainers/runc/libcontainer"
@@ -196,7 +197,7 @@ func joinKeyring(o *Order) error {
 // helper waits on its own thread for the shim's command. Credentials belong to
 // threads: with keep-caps this one retains, through the main thread's change
 // of user (which the C library applies to all threads), the right to install
-// a filter. execve ends the thread.
+// a filter.
 func helper(o *Order, ready chan<- error) {
 	runtime.LockOSThread()
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
@@ -224,8 +225,12 @@ func helper(o *Order, ready chan<- error) {
 		_, _ = unix.Write(helmFD, append([]byte{'e'}, err.Error()...))
 		os.Exit(255)
 	}
+	// This thread has done what it had its privileges for. They go with it: while
+	// init waits to be started nobody shall find them here.
+	var none [2]unix.CapUserData
+	_ = unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]) // the filter may forbid it
 	_, _ = unix.Write(helmFD, []byte{'k'})
-	select {} // until execve
+	// Being locked, it ends with this goroutine.
 }
 
 // raiseAdmin puts CAP_SYS_ADMIN from this thread's permitted into its
@@ -292,6 +297,31 @@ func (h *Helm) Install() error {
 		return errors.New(string(buf[1:n]))
 	}
 	return errors.New("init ended before its seccomp filter was installed")
+}
+
+// Closed waits until init has executed the container's program, which closes its
+// end, or has ended, or patience is over: then it is false.
+func (h *Helm) Closed(pidfd int, patience time.Duration) bool {
+	raw, err := h.f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	closed := false
+	err = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd)}, {Fd: int32(pidfd), Events: unix.POLLIN}} // POLLHUP needs no asking
+		for deadline := time.Now().Add(patience); !closed; {
+			left := time.Until(deadline)
+			if left <= 0 {
+				return
+			}
+			n, err := unix.Poll(fds, int(left.Milliseconds())+1)
+			if err != nil && err != unix.EINTR {
+				return
+			}
+			closed = n > 0
+		}
+	})
+	return err == nil && closed
 }
 
 // Close gives up; an init that has not been commanded ends.

@@ -4,40 +4,45 @@
 // enter.c.
 //
 // What libcontainer 1.5 does for an exec, and where it happens here ("shim"
-// is this package and its caller, outer and inner are enter's two processes):
+// is this package and its caller, outer and inner are enter's two processes).
+// All of it but the last happens in outer, which nobody in the container can
+// name; inner is within reach of a container that may trace (CAP_SYS_PTRACE),
+// so it is born with the rights, the filter and the descriptors of the program
+// that it executes and with no others:
 //
 //	process_linux.go  clone into the cgroup (v2)           shim: Start, by clone3
 //	                  add to the cgroups (v1)              outer: "0" to each tasks file
 //	                  initial, final, default CPU affinity outer
 //	                  rlimits                              outer, before it loses the right to raise them
 //	nsexec.c          oom_score_adj                        outer
-//	                  not dumpable                         outer, first of all
+//	                  not dumpable                         outer, first of all and after it has changed its user
 //	                  join namespaces by path              outer: setns(2) with init's pidfd
-//	                  fork for the PID namespace           outer: clone3(CLONE_PARENT), so that the shim is the parent
-//	                  setsid, root of the user namespace   inner
+//	                  root of the user namespace           outer
 //	setns_init        SELinux exec and key labels          outer: execve resets them, fork does not
 //	                  AppArmor profile on exec             outer, likewise
-//	                  session keyring                      inner
-//	                  console, controlling terminal, size  inner, only on the container's real devpts
-//	                  no_new_privs, umask, scheduler,      inner
+//	                  session keyring                      outer
+//	                  console and its size                 outer, only on the container's real devpts
+//	                  no_new_privs, umask, scheduler,      outer
 //	                  io priority, personality
-//	                  seccomp: early, or last with         inner: install_filter, with the shim's compiled program
+//	                  seccomp: early, or last with         outer: install_filter, with the shim's compiled program
 //	                  no_new_privs
-//	                  environment without doubles, $HOME   shim: environ; inner: find_home
-//	                  chdir, again as the user             inner
-//	                  bounding set, keep-caps, owner of    inner
+//	                  environment without doubles, $HOME   shim: environ; outer: find_home
+//	                  chdir, again as the user             outer
+//	                  bounding set, keep-caps, owner of    outer
 //	                  the streams, groups, gid, uid
-//	                  cwd is inside the root               inner: verify_cwd
-//	                  capabilities, ambient ones           inner
-//	                  look-up in $PATH                     inner: find_program
-//	                  close all other descriptors          outer, on entry; inner keeps the status socket to execve
+//	                  cwd is inside the root               outer: verify_cwd
+//	                  capabilities, ambient ones           outer
+//	                  look-up in $PATH                     outer: find_program
+//	                  close all other descriptors          outer
+//	                  fork for the PID namespace           outer: clone(CLONE_PARENT), so that the shim is the parent
+//	                  setsid, controlling terminal         inner
 //	                  execve; exit code 255 and a line on  inner: execute
 //	                  stderr when that fails
 //
 // enter also empties the signal mask. Left to libcontainer: time namespaces,
-// Intel RDT, memory policies, seccomp profiles that libcontainer has to apply
-// itself (see server.native), and kernels before 5.9 (setns by pidfd,
-// close_range).
+// Intel RDT, memory policies, schedulers that a fork resets, seccomp profiles
+// that libcontainer has to apply itself (see server.native), and kernels before
+// 5.9 (setns by pidfd, close_range).
 package enter
 
 import (
@@ -47,6 +52,7 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -138,7 +144,6 @@ var ErrGone = errors.New("container has ended")
 
 // Kinds of messages, see enter.c.
 const (
-	kindPID      = 'p'
 	kindTerminal = 't'
 	kindFailure  = 'e'
 	kindUnable   = 'f'
@@ -181,36 +186,46 @@ func Start(p *Plan, d Descriptors) (_ *Process, err error) {
 		unix.Close(theirs)
 		return nil, err
 	}
-	outer, err := syscall.ForkExec(program.Path(prog), []string{"podd-enter"}, attr)
+	outer := -1
+	attr.Sys.PidFD = &outer
+	pid, err := syscall.ForkExec(program.Path(prog), []string{"podd-enter"}, attr)
 	unix.Close(prog)
 	unix.Close(theirs)
 	if err != nil {
 		return nil, &Unable{"start in the cgroup", err}
 	}
-	s := starting{status: status, client: d.Client, outer: outer, args: p.Args}
-	if err := s.follow(); err != nil {
-		s.kill()
-		if s.proc.Terminal != nil {
-			s.proc.Terminal.Close()
+	if outer < 0 { // a kernel without CLONE_PIDFD; nobody has waited for it
+		if outer, err = unix.PidfdOpen(pid, 0); err != nil {
+			return nil, fmt.Errorf("pidfd of enter: %w", err)
 		}
+	}
+	defer unix.Close(outer)
+	s := starting{status: status, client: d.Client, outer: outer, plan: plan, args: p.Args}
+	err = s.follow()
+	if err != nil {
+		s.kill()
+	}
+	_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil)
+	if err != nil {
 		return nil, err
 	}
-	_, _ = unix.Wait4(outer, nil, unix.WNOHANG, nil)
 	return &s.proc, nil
 }
 
 // starting is a process on its way.
 type starting struct {
 	status, client int
-	outer          int
+	outer          int // pidfd
+	plan           int
 	args           []string
+	said           error // why outer gave up
 	proc           Process
 }
 
-// follow reads what the two processes say until both have let go of the socket.
+// follow reads what outer says until it has ended: inner executes the program
+// then, or there is none.
 func (s *starting) follow() error {
-	fds := []unix.PollFd{{Fd: int32(s.status), Events: unix.POLLIN}, {Fd: int32(s.client), Events: unix.POLLRDHUP}}
-	var said error
+	fds := []unix.PollFd{{Fd: int32(s.outer), Events: unix.POLLIN}, {Fd: int32(s.client), Events: unix.POLLRDHUP}, {Fd: int32(s.status), Events: unix.POLLIN}}
 	for {
 		_, err := unix.Poll(fds, -1)
 		if err != nil && err != unix.EINTR {
@@ -219,66 +234,97 @@ func (s *starting) follow() error {
 		if fds[1].Revents&(unix.POLLHUP|unix.POLLRDHUP|unix.POLLERR) != 0 {
 			return fmt.Errorf("the caller has left: %w", context.Canceled)
 		}
-		end, err := s.receive(&said)
+		closed, err := s.receive()
 		if err != nil {
 			return err
 		}
-		if !end {
-			continue
+		if closed {
+			fds[2].Fd = -1
 		}
-		if said == nil && s.proc.PID == 0 {
-			said = errors.New("the process ended before it was set up")
+		if closed && fds[0].Revents != 0 {
+			return s.result()
 		}
-		return said
 	}
 }
 
-// receive takes one message; said is the reason of a failure.
-func (s *starting) receive(said *error) (end bool, err error) {
+// result is what became of it, once outer has ended. Inner's number is what the
+// kernel gave outer (CLONE_PARENT_SETTID): nobody else could write it.
+func (s *starting) result() error {
+	if s.said != nil {
+		return s.said
+	}
+	var r [2]int32
+	if _, err := unix.Pread(s.plan, unsafe.Slice((*byte)(unsafe.Pointer(&r)), unsafe.Sizeof(r)), resultAt); err != nil {
+		return fmt.Errorf("read the result: %w", err)
+	}
+	const fork = "fork in the container"
+	child, errno := int(r[0]), unix.Errno(r[1])
+	switch {
+	case errno == unix.ENOMEM: // or the PID namespace has ended
+		return fmt.Errorf("%s: %w: %w", fork, errno, ErrGone)
+	case errno != 0:
+		return fmt.Errorf("%s: %w", fork, errno)
+	case child <= 0:
+		return errors.New("the process ended before it was set up")
+	}
+	s.proc.PID = child
+	return nil
+}
+
+// receive takes the messages that are there; closed after the last one.
+func (s *starting) receive() (closed bool, err error) {
 	var buf [1024]byte
 	var oob [64]byte
-	n, oobn, _, _, err := unix.Recvmsg(s.status, buf[:], oob[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
-	switch {
-	case err == unix.EAGAIN || err == unix.EINTR:
-		return false, nil
-	case err == unix.ECONNRESET: // ended with our side unread
-		return true, nil
-	case err != nil:
-		return false, fmt.Errorf("await process: %w", err)
-	case n == 0:
-		return true, nil
+	for {
+		n, oobn, _, _, err := unix.Recvmsg(s.status, buf[:], oob[:], unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN:
+			return false, nil
+		case err == unix.ECONNRESET: // ended with our side unread
+			return true, nil
+		case err != nil:
+			return false, fmt.Errorf("await process: %w", err)
+		case n == 0:
+			return true, nil
+		}
+		if err := s.hear(buf[:n], oob[:oobn]); err != nil {
+			return false, err
+		}
 	}
+}
+
+// hear takes one message of outer's.
+func (s *starting) hear(msg, oob []byte) (err error) {
 	const head = int(unsafe.Sizeof(message{}))
-	if n < head {
-		return false, fmt.Errorf("message of %d bytes from the process", n)
+	if len(msg) < head {
+		return fmt.Errorf("message of %d bytes from the process", len(msg))
 	}
-	m := *(*message)(unsafe.Pointer(&buf[0]))
-	errno, text := unix.Errno(m.err), string(buf[head:n])
+	m := *(*message)(unsafe.Pointer(&msg[0]))
+	errno, text := unix.Errno(m.err), string(msg[head:])
 	switch m.kind {
-	case kindPID:
-		s.proc.PID = int(m.err)
-		return false, nil
 	case kindTerminal:
-		s.proc.Terminal, err = terminal(oob[:oobn])
-		return false, err
+		s.proc.Terminal, err = terminal(oob)
+		return err
 	case kindUnable:
-		*said = &Unable{text, errno}
+		s.said = &Unable{text, errno}
 	case kindGone:
-		*said = fmt.Errorf("%s: %w: %w", text, errno, ErrGone)
+		s.said = fmt.Errorf("%s: %w: %w", text, errno, ErrGone)
 	case kindNotFound:
-		*said = &exec.Error{Name: s.args[0], Err: exec.ErrNotFound}
+		s.said = &exec.Error{Name: s.args[0], Err: exec.ErrNotFound}
 	case kindNoFile:
-		*said = &exec.Error{Name: s.args[0], Err: &os.PathError{Op: "stat", Path: s.args[0], Err: errno}}
+		s.said = &exec.Error{Name: s.args[0], Err: &os.PathError{Op: "stat", Path: s.args[0], Err: errno}}
 	case kindNoExec:
-		*said = &exec.Error{Name: s.args[0], Err: errno}
+		s.said = &exec.Error{Name: s.args[0], Err: errno}
 	case kindDot:
-		*said = &exec.Error{Name: s.args[0], Err: exec.ErrDot}
+		s.said = &exec.Error{Name: s.args[0], Err: exec.ErrDot}
 	case kindFailure:
-		*said = fmt.Errorf("%s: %w", text, errno)
+		s.said = fmt.Errorf("%s: %w", text, errno)
 	default:
-		return false, fmt.Errorf("unknown message %q from the process", m.kind)
+		return fmt.Errorf("unknown message %q from the process", m.kind)
 	}
-	return false, nil
+	return nil
 }
 
 func terminal(oob []byte) (*os.File, error) {
@@ -292,13 +338,28 @@ func terminal(oob []byte) (*os.File, error) {
 	return nil, fmt.Errorf("receive terminal: %w", errors.Join(err, errors.New("no descriptor came")))
 }
 
-// kill ends what is under way. Nobody else has reaped outer, and inner has not
-// been waited for by anybody: their numbers are theirs.
+// killPatience is how long a killed outer may take to end. One that hangs in a
+// file system for longer cannot fork any more: a fork fails while a signal waits.
+const killPatience = time.Second
+
+// kill ends what is under way: outer, and inner if it came to that. Inner is
+// the shim's child and has not been waited for, so its number is its own.
 func (s *starting) kill() {
-	if got, _ := unix.Wait4(s.outer, nil, unix.WNOHANG, nil); got != s.outer {
-		_ = unix.Kill(s.outer, unix.SIGKILL)
+	_ = unix.PidfdSendSignal(s.outer, unix.SIGKILL, nil, 0)
+	fds := []unix.PollFd{{Fd: int32(s.outer), Events: unix.POLLIN}}
+	for deadline := time.Now().Add(killPatience); ; {
+		n, err := unix.Poll(fds, int(max(time.Until(deadline), 0).Milliseconds()))
+		if n > 0 || err != unix.EINTR {
+			break
+		}
 	}
-	if s.proc.PID > 0 {
-		_ = unix.Kill(s.proc.PID, unix.SIGKILL)
+	if s.said == nil && s.result() == nil {
+		if fd, err := unix.PidfdOpen(s.proc.PID, 0); err == nil {
+			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+			unix.Close(fd)
+		}
+	}
+	if s.proc.Terminal != nil {
+		s.proc.Terminal.Close()
 	}
 }

@@ -10,7 +10,9 @@ import (
 
 // header is struct plan of enter.c.
 type header struct {
-	magic, size, flags, ns              uint32
+	magic, size                         uint32
+	child, err                          int32
+	flags, ns                           uint32
 	uid, gid                            uint32
 	oom                                 int32
 	umask, personality, ioprio          uint32
@@ -27,7 +29,8 @@ type span struct{ off, n uint32 }
 
 const (
 	planMagic  = 0x706f6465
-	headerSize = 184
+	resultAt   = 8 // of child and err
+	headerSize = 192
 )
 
 var _ = [1]int{}[headerSize-unsafe.Sizeof(header{})] // the two agree
@@ -158,7 +161,8 @@ func (p *Plan) encode() []byte {
 	return b
 }
 
-// file returns the plan in a memfd that the process maps.
+// file returns the plan in a memfd that the process maps, and in which the
+// kernel and outer leave their result.
 func (p *Plan) file() (int, error) {
 	data := p.encode()
 	if len(data) > maxPlan {
