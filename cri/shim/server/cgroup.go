@@ -191,9 +191,7 @@ func killAll(m cgroups.Manager, sig unix.Signal) error {
 		alive := false
 		for _, pid := range pids {
 			// The pid may have been given to a process elsewhere meanwhile: the
-			// pidfd is opened first and membership is checked again by the kernel's
-			// own list only in the next round, so a stranger would have to get the
-			// pid within microseconds of its release.
+			// pidfd is opened first, and membership is checked after that.
 			fd, err := unix.PidfdOpen(pid, 0)
 			if err != nil {
 				continue

@@ -378,6 +378,10 @@ func (c *container) made(pid int, way *passage) error {
 	r := c.rec
 	r.Making = false
 	r.ProcStart = startTime(pid)
+	var st unix.Stat_t
+	if unix.Fstat(c.pidfd, &st) == nil {
+		r.Pidfd = st.Ino
+	}
 	r.Process.State, r.Process.PID, r.Process.CreatedAt = shim.Created, pid, time.Now()
 	if err := c.s.containers.save(&r); err != nil {
 		return err

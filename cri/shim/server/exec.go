@@ -263,12 +263,7 @@ func (c *container) forgetExec(e *execution) {
 func (e *execution) kill() {
 	for pause := 2 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		for _, pid := range e.family() {
-			fd, err := unix.PidfdOpen(pid, 0)
-			if err != nil {
-				continue
-			}
-			_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-			unix.Close(fd)
+			e.c.killMember(pid)
 		}
 		_ = unix.PidfdSendSignal(e.pidfd, unix.SIGKILL, nil, 0)
 		if len(e.family()) == 0 {
@@ -283,6 +278,19 @@ func (e *execution) kill() {
 	select {
 	case <-e.done:
 	case <-e.c.exited:
+	}
+}
+
+// killMember kills a process of the container. The pidfd comes first: the number
+// may be another process' by now, and then it is in another cgroup.
+func (c *container) killMember(pid int) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if m, err := c.cgroup(); err == nil && m != nil && inCgroup(m, pid) {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 	}
 }
 

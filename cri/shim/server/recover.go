@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -34,9 +36,9 @@ func (s *Server) recover(handed []stored) error {
 	if err != nil {
 		return fmt.Errorf("read containers: %w", err)
 	}
-	pod := map[string]string{} // of a container
+	known := map[string]*record{}
 	for _, r := range containers {
-		pod[r.Process.ID] = r.Process.SandboxID
+		known[r.Process.ID] = r
 	}
 	given := map[string]map[string]int{} // container → name → descriptor
 	give := func(all []stored) {
@@ -67,9 +69,9 @@ func (s *Server) recover(handed []stored) error {
 		}
 		own := all[:0]
 		for _, f := range all {
-			if pod[f.id] != r.Process.ID {
-				// A container that may trace its pod's pause can put anything
-				// there: it concerns nobody but its own pod.
+			// A container that may trace its pod's pause can put anything there.
+			if c := known[f.id]; c == nil || c.Process.SandboxID != r.Process.ID || !s.genuine(c, f) {
+				s.log.Warn("descriptor in a pod's store is not what it should be", "sandbox", r.Process.ID, "id", f.id, "name", f.name)
 				unix.Close(f.fd)
 				continue
 			}
@@ -108,6 +110,49 @@ func identified(pid int, start uint64) int {
 		return -1
 	}
 	return fd
+}
+
+// genuine says whether a stored descriptor is what a shim has put there under
+// that name: of the kind that is read and written without surprises, the very
+// FIFO of the container, the very process.
+func (s *Server) genuine(r *record, f stored) bool {
+	var st unix.Stat_t
+	if unix.Fstat(f.fd, &st) != nil {
+		return false
+	}
+	fifo := st.Mode&unix.S_IFMT == unix.S_IFIFO
+	switch f.name {
+	case "pidfd":
+		return pidfdOf(r, f.fd, st.Ino)
+	case "tty":
+		return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == unix.Mkdev(5, 2) // a ptmx
+	case "stdin", "spill", "start":
+		return fifo
+	}
+	var own unix.Stat_t
+	err := unix.Lstat(filepath.Join(s.containers.dir(r.Process.ID), f.name), &own)
+	return fifo && slices.Contains(streamNames[:], f.name) && err == nil && own.Dev == st.Dev && own.Ino == st.Ino
+}
+
+// pidfdOf: fd refers to the recorded process. While that lives its number and
+// start time tell; afterwards its inode does, which Linux gives once (pidfs, 6.9).
+func pidfdOf(r *record, fd int, ino uint64) bool {
+	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(info)) {
+		text, ok := strings.CutPrefix(line, "Pid:")
+		if !ok {
+			continue
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(text))
+		if pid > 0 {
+			return pid == r.Process.PID && startTime(pid) == r.ProcStart
+		}
+		return err == nil && r.Pidfd != 0 && r.Pidfd == ino
+	}
+	return false
 }
 
 func (s *Server) recoverSandbox(r *record) (*sandbox, error) {

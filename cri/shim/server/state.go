@@ -29,6 +29,8 @@ type record struct {
 	Digest string `json:"digest"`
 	// ProcStart with PID identifies the process.
 	ProcStart uint64 `json:"procStart,omitempty"`
+	// Pidfd is the inode of the process's pidfd; before Linux 6.9 all have one.
+	Pidfd uint64 `json:"pidfd,omitempty"`
 	// Cgroup paths by controller ("" for v2).
 	Cgroup        string            `json:"cgroup,omitempty"`
 	SystemdCgroup bool              `json:"systemdCgroup,omitempty"`

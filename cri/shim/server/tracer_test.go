@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/containerd/v2/contrib/seccomp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/podd-runtime/podd/cri/shim"
 )
@@ -23,7 +24,7 @@ func racerSeconds() int {
 	if os.Getenv("PODD_TEST_ALL") != "" {
 		return 60
 	}
-	return 4
+	return 1
 }
 
 var racerBinary = sync.OnceValues(func() ([]byte, error) {
@@ -229,4 +230,147 @@ func (n *node) process(id string) *shim.Process {
 	}
 	n.t.Fatalf("no process %s among %s", id, strings.TrimSpace(fmt.Sprint(list)))
 	return nil
+}
+
+// TestHostileDescriptorStore: who traces pause may put descriptors into its
+// pod's store. The next shim neither signals the process that a false pidfd
+// names nor reads from what is no pipe of the container.
+func TestHostileDescriptorStore(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	spec := n.containerSpec(box, "while :; do echo line; sleep 0.1; done")
+	p := n.run(spec)
+	victim := exec.Command("sleep", "1000")
+	if err := victim.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- victim.Wait() }()
+	defer victim.Process.Kill()
+
+	n.kill()
+	false_, err := unix.PidfdOpen(victim.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(false_)
+	passwd, err := os.Open("/etc/passwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer passwd.Close()
+	pause, err := unix.PidfdOpen(box.PID, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pause)
+	store, err := unix.PidfdGetfd(pause, 4, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(store)
+	body := fmt.Sprintf(`{"id":%q,"names":["pidfd","stdout","stderr","stdin","tty","spill"]}`, spec.ID)
+	fd := int(passwd.Fd())
+	if err := unix.Sendmsg(store, []byte(body), unix.UnixRights(false_, fd, fd, fd, fd, fd), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+
+	n.restart()
+	if got := n.process(spec.ID); got.State != shim.Running || got.PID != p.PID {
+		t.Fatalf("after the restart: %+v", got)
+	}
+	adopt(p.PID)
+	before, _ := logged(t, spec.LogPath)
+	eventually(t, "the log goes on", func() bool {
+		out, _ := logged(t, spec.LogPath)
+		return len(out) > len(before)
+	})
+	if out, _ := logged(t, spec.LogPath); strings.Contains(out, "root:") {
+		t.Error("the log holds what the false descriptor named")
+	}
+	if err := n.Signal(n.ctx(), spec.ID, int(unix.SIGKILL), false); err != nil {
+		t.Fatal(err)
+	}
+	n.until(shim.EventExited, spec.ID)
+	select {
+	case err := <-ended:
+		t.Fatalf("the process of the false pidfd ended: %v", err)
+	default:
+	}
+}
+
+// TestKilledWhileTracersStandStill: a shim that dies between the creation and
+// the start of a container in a shared PID namespace leaves the pod's tracers
+// frozen and an init with privileges. The next one ends that and thaws them.
+func TestKilledWhileTracersStandStill(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox(func(s *shim.SandboxSpec) { s.Namespaces = append(s.Namespaces, specs.PIDNamespace) })
+	tracer := n.tracerSpec(box, 0)
+	tracer.Spec.Process.Args = []string{"/bin/sh", "-c", "while :; do echo line; sleep 0.05; done"}
+	inPodPIDNamespace(tracer, box)
+	p := n.run(tracer)
+	s := n.containerSpec(box, "sleep 1000")
+	inPodPIDNamespace(s, box)
+	created, err := n.Create(n.ctx(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	still, _ := logged(t, tracer.LogPath)
+	time.Sleep(300 * time.Millisecond)
+	if out, _ := logged(t, tracer.LogPath); out != still {
+		t.Error("the tracer runs while an init is there")
+	}
+	n.kill()
+	adopt(p.PID)
+	adopt(created.PID)
+	n.restart()
+	if got := n.process(s.ID); got.State != shim.Exited {
+		t.Errorf("the container that was not started is %s", got.State)
+	}
+	eventually(t, "the tracer goes on", func() bool {
+		out, _ := logged(t, tracer.LogPath)
+		return len(out) > len(still)
+	})
+	// And all is as before.
+	again := n.containerSpec(box, "exit 3")
+	inPodPIDNamespace(again, box)
+	n.run(again)
+	if e := n.until(shim.EventExited, again.ID); e.Exit.Code != 3 {
+		t.Errorf("exit %+v", e.Exit)
+	}
+}
+
+// TestUnstartedContainerHoldsNobodyForEver: one that is deleted instead of
+// started lets the tracers go on.
+func TestUnstartedContainerHoldsNobodyForEver(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox(func(s *shim.SandboxSpec) { s.Namespaces = append(s.Namespaces, specs.PIDNamespace) })
+	tracer := n.tracerSpec(box, 0)
+	tracer.Spec.Process.Args = []string{"/bin/sleep", "1000"}
+	inPodPIDNamespace(tracer, box)
+	n.run(tracer)
+	for range 3 {
+		s := n.containerSpec(box, "sleep 1000")
+		inPodPIDNamespace(s, box)
+		if _, err := n.Create(n.ctx(), s); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Delete(n.ctx(), s.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, _ := n.execSpec(&shim.ExecSpec{ContainerID: tracer.ID,
+		Process: &specs.Process{Args: []string{"/bin/echo", "here"}, Cwd: "/", Env: []string{"PATH=/bin"}}})
+	if out != "here\n" {
+		t.Errorf("exec in the tracer: %q", out)
+	}
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not seen: %s", what)
+		}
+	}
 }
