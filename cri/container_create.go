@@ -182,11 +182,10 @@ func (s *Service) mountRootfs(ctx context.Context, in *specInput, u *undo) error
 	dir := s.containerDir(in.id)
 	in.rootfs = s.rootfsPath(in.id)
 	u.push("container directory", func(context.Context) error { return removeFlat(dir) })
-	// Root of the pod's user namespace has to pass through here.
-	if err := os.Mkdir(dir, 0o711); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	if err := os.Mkdir(in.rootfs, 0o711); err != nil {
+	if err := os.Mkdir(in.rootfs, 0o700); err != nil {
 		return err
 	}
 	uids, gids, err := userMappings(in.sandbox.namespaces().GetUsernsOptions())

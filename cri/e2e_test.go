@@ -74,14 +74,14 @@ func newNode(t testing.TB) *node {
 	}
 	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: level}))
 	n.cfg = Config{DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), CgroupParent: n.cgroup, Log: log}
-	if err := os.MkdirAll(n.cfg.RunDir, 0o711); err != nil {
+	if err := os.MkdirAll(n.cfg.RunDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(dir, 0o711); err != nil {
+	if err := os.Chmod(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	// As on a node, where it is below /run.
-	if err := unix.Mount("tmpfs", n.cfg.RunDir, "tmpfs", 0, "mode=711"); err != nil {
+	if err := unix.Mount("tmpfs", n.cfg.RunDir, "tmpfs", 0, "mode=700"); err != nil {
 		t.Fatal(err)
 	}
 	n.shimCmd = exec.Command(bin, "--run-dir", n.cfg.RunDir, "--log-stderr")

@@ -25,7 +25,7 @@ const maxHostFile = 1 << 20
 func (s *Service) makeSandboxFiles(sb *sandbox) error {
 	dir, etc := s.sandboxDir(sb.id), s.etcDir(sb.id)
 	for _, d := range []string{dir, etc} {
-		if err := os.Mkdir(d, 0o711); err != nil {
+		if err := os.Mkdir(d, 0o700); err != nil {
 			return fmt.Errorf("create sandbox directory: %w", err)
 		}
 	}

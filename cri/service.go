@@ -113,11 +113,11 @@ func New(cfg Config, procs Processes, imgs Images, network Network) (*Service, e
 		return nil, err
 	}
 	for _, d := range []string{"netns", "sandboxes", "containers", "cri"} {
-		if err := os.MkdirAll(filepath.Join(cfg.RunDir, d), 0o711); err != nil {
+		if err := os.MkdirAll(filepath.Join(cfg.RunDir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("create run directory: %w", err)
 		}
 	}
-	if err := os.MkdirAll(filepath.Join(cfg.DataDir, "cri", "etc"), 0o711); err != nil {
+	if err := os.MkdirAll(filepath.Join(cfg.DataDir, "cri", "etc"), 0o700); err != nil {
 		return nil, fmt.Errorf("create data directory: %w", err)
 	}
 	seq, err := openSequence(filepath.Join(cfg.RunDir, "cri", "seq"))

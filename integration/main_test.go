@@ -27,6 +27,10 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(fuseServer); dir != "" {
 		os.Exit(serveFuse(dir))
 	}
+	if dir := os.Getenv(walkerEnv); dir != "" {
+		walk(dir)
+		return
+	}
 	node.Main(m.Run)
 }
 

@@ -267,10 +267,15 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 		return nil, err
 	}
 	logs := cfg.Pods.Node.PodLogsDir
-	for _, dir := range []string{logs, filepath.Join(filepath.Dir(logs), "containers"), filepath.Join(cfg.Pods.Node.RootDir, "pods")} {
+	for _, dir := range []string{logs, filepath.Join(filepath.Dir(logs), "containers")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make %s: %w", dir, err)
 		}
+	}
+	// Volumes are within, and what containers put there: not for the node's users.
+	volumesOf := filepath.Join(cfg.Pods.Node.RootDir, "pods")
+	if err := errors.Join(os.MkdirAll(volumesOf, 0o750), os.Chmod(volumesOf, 0o750)); err != nil {
+		return nil, fmt.Errorf("make %s: %w", volumesOf, err)
 	}
 	if a.shim, err = a.openShim(ctx); err != nil {
 		return nil, err

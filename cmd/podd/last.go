@@ -10,7 +10,7 @@ import (
 // remember records how this daemon was started, for `podd stop --all` when it
 // is down. Without the record that command only says that nobody answers.
 func remember(runDir string, args []string, log *slog.Logger) {
-	err := os.MkdirAll(runDir, 0o711)
+	err := os.MkdirAll(runDir, 0o700)
 	last := api.Last{Args: args}
 	if err == nil {
 		last.Program, err = os.Executable()

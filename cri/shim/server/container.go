@@ -250,6 +250,20 @@ func order(id string, config *configs.Config, label string, f *filter, mode conf
 	return o
 }
 
+// detachedRoot gives the init of a container with a user namespace its root file
+// system by descriptor, see confine.RootTarget; nil for others.
+func detachedRoot(config *configs.Config) (*os.File, error) {
+	if !config.Namespaces.Contains(configs.NEWUSER) {
+		return nil, nil
+	}
+	fd, err := unix.OpenTree(unix.AT_FDCWD, config.Rootfs, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return nil, fmt.Errorf("root file system %s: %w", config.Rootfs, err)
+	}
+	config.Rootfs = confine.RootTarget
+	return os.NewFile(uintptr(fd), "rootfs"), nil
+}
+
 // create does the work; whatever it acquired it gives back on error.
 func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err error) {
 	s, id := c.s, spec.ID
@@ -291,6 +305,12 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	io.give(process)
 
 	o := order(id, config, config.ProcessLabel, f, confine.AtCommand)
+	root, err := detachedRoot(config)
+	if err != nil {
+		return err
+	}
+	defer closeFiles(root)
+	o.Root = root != nil
 	orderFile, err := o.File()
 	if err != nil {
 		return err
@@ -302,6 +322,9 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	}
 	defer helmInit.Close()
 	process.ExtraFiles = []*os.File{orderFile, helmInit}
+	if root != nil {
+		process.ExtraFiles = append(process.ExtraFiles, root)
+	}
 	var way *passage
 	if c.rec.SharesPIDs {
 		if way, err = c.enterPassage(ctx, helm); err != nil {

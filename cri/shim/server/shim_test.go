@@ -89,9 +89,8 @@ func newNode(t testing.TB) *node {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	os.Chmod(filepath.Dir(dir), 0o711) // for user namespaces' roots
 	// A tmpfs, as /run is.
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0711"); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700"); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })

@@ -7,8 +7,8 @@ import (
 	"path/filepath"
 )
 
-// lastName is the record of how the daemon of a run directory was started.
-const lastName = "podd.last.json"
+// LastName is the record of how the daemon of a run directory was started.
+const LastName = "podd.last.json"
 
 // Last is how a daemon was started. `podd stop --all` uses it to stop the pods
 // of a daemon that is down: only its flags tell where they are.
@@ -26,7 +26,7 @@ func (l Last) Save(runDir string) error {
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(runDir, lastName)
+	path := filepath.Join(runDir, LastName)
 	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
 		return fmt.Errorf("record of this start: %w", err)
 	}
@@ -38,7 +38,7 @@ func (l Last) Save(runDir string) error {
 
 // LoadLast reads the record of a run directory; os.ErrNotExist: there is none.
 func LoadLast(runDir string) (l Last, err error) {
-	path := filepath.Join(runDir, lastName)
+	path := filepath.Join(runDir, LastName)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return l, err

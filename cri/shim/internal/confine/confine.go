@@ -43,7 +43,15 @@ import (
 const (
 	orderFD = 3
 	helmFD  = 4
+	rootFD  = 5
 )
+
+// RootTarget is where the root file system of a container with a user namespace
+// is mounted before libcontainer looks for it: root of that namespace may not
+// pass through our directories, which are for the node's root alone. In init's
+// own mount namespace any directory will do that every node has, that everybody
+// may reach and that libcontainer does not need.
+const RootTarget = "/sys/class"
 
 // Mode says when the filter is installed.
 type Mode string
@@ -66,6 +74,9 @@ type Order struct {
 	KeyringPerm uint32 `json:"keyringPerm,omitempty"`
 	// KeyLabel is the SELinux label of the keyring.
 	KeyLabel string `json:"keyLabel,omitempty"`
+	// Root: descriptor 5 is a detached mount of the root file system, which
+	// goes to RootTarget.
+	Root bool `json:"root,omitempty"`
 	// Flags of seccomp(2), without TSYNC.
 	Flags uint32 `json:"flags,omitempty"`
 	// Filter is an array of struct sock_filter.
@@ -153,6 +164,12 @@ func prepare() error {
 		if err := joinKeyring(o); err != nil {
 			return err
 		}
+	}
+	if o.Root {
+		if err := unix.MoveMount(rootFD, "", unix.AT_FDCWD, RootTarget, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+			return fmt.Errorf("mount root file system: %w", err)
+		}
+		unix.Close(rootFD)
 	}
 	switch o.Mode {
 	case None:
