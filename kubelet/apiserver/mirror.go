@@ -29,14 +29,14 @@ func (p *Pods) bringMirror(ctx context.Context, static *v1.Pod, gone bool) error
 	case gone && mirror == nil:
 		return nil
 	case gone:
-		return p.remove(ctx, mirror)
+		return p.removeMirror(ctx, mirror)
 	case node == "":
 		return nil // and when the node is registered
 	case mirror == nil:
 		return p.createMirror(ctx, static, node)
 	case mirror.DeletionTimestamp != nil || mirror.Annotations[mirrorAnnotation] != hash(static),
 		status.Over(mirror.Status.Phase) && !status.Over(static.Status.Phase): // taken away and put back
-		return p.remove(ctx, mirror) // and made anew when it is gone
+		return p.removeMirror(ctx, mirror) // and made anew when it is gone
 	}
 	return p.patch(ctx, mirror, static)
 }
@@ -57,16 +57,52 @@ func (p *Pods) createMirror(ctx context.Context, static *v1.Pod, node types.UID)
 	}
 	m.Annotations[mirrorAnnotation] = hash(static)
 	m.Spec.NodeName = p.cfg.NodeName
-	is := &v1.Pod{}
-	err := p.cfg.Client.Create(ctx, Ref{Resource: "pods", Namespace: m.Namespace}, m, is)
+	ref := Ref{Resource: "pods", Namespace: m.Namespace}
+	var made *v1.Pod
+	err := p.write(ctx, func(is *v1.Pod) error {
+		made = is
+		return p.cfg.Client.Create(ctx, ref, m, is)
+	})
 	switch {
 	case apierrors.IsAlreadyExists(err):
-		return nil // the watch tells of it
+		return p.takeMirror(ctx, m)
 	case apierrors.IsNotFound(err):
 		return fmt.Errorf("create mirror pod %s: its namespace is not there: %w", name(m), err)
 	case err != nil:
 		return fmt.Errorf("create mirror pod %s: %w", name(m), err)
 	}
-	p.learn(is)
-	return p.patch(ctx, is, static)
+	if made = p.version(made.UID); made == nil {
+		return nil // deleted meanwhile: what told of that has it made anew
+	}
+	return p.patch(ctx, made, static)
+}
+
+// takeMirror looks at what has the name of a mirror pod. One that is bound to
+// this node is told by the watch, but only if that began before it was made.
+func (p *Pods) takeMirror(ctx context.Context, m *v1.Pod) error {
+	there := &v1.Pod{}
+	err := p.cfg.Client.Get(ctx, Ref{Resource: "pods", Namespace: m.Namespace, Name: m.Name}, there)
+	switch {
+	case apierrors.IsNotFound(err):
+		return fmt.Errorf("create mirror pod %s: one of that name went away meanwhile", name(m)) // again
+	case err != nil:
+		return fmt.Errorf("look at the pod that has the name of mirror pod %s: %w", name(m), err)
+	case there.Spec.NodeName != p.cfg.NodeName || !isMirror(there):
+		return fmt.Errorf("create mirror pod %s: a pod of that name is there already, on node %q: rename or delete one of them", name(m), there.Spec.NodeName)
+	}
+	p.hear(ctx, there, event)
+	return nil
+}
+
+// removeMirror deletes a mirror pod. That it is not there, or has another UID,
+// is as good, and must be known: what waits for its end would wait for ever.
+func (p *Pods) removeMirror(ctx context.Context, mirror *v1.Pod) error {
+	err := p.cfg.Client.Delete(ctx, Ref{Resource: "pods", Namespace: mirror.Namespace, Name: mirror.Name}, mirror.UID)
+	switch {
+	case apierrors.IsNotFound(err) || apierrors.IsConflict(err):
+		p.removed(ctx, mirror.UID)
+	case err != nil:
+		return fmt.Errorf("delete mirror pod %s: %w", name(mirror), err)
+	}
+	return nil
 }

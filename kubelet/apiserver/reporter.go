@@ -3,6 +3,8 @@ package apiserver
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -43,14 +45,13 @@ func (p *Pods) report(ctx context.Context) {
 			p.reports[pod.UID] = r
 		}
 		r.shown, r.gone = pod, ev.Type == watch.Deleted
-		if r.gone && p.known[pod.UID] != nil {
-			p.ended[pod.UID] = true
+		if f := p.known[pod.UID]; f != nil {
+			f.ended = r.gone
 		}
+		gone := r.gone
 		p.mu.Unlock()
-		if r.gone {
-			for _, u := range p.cfg.Uses {
-				u.Use(pod.UID, nil)
-			}
+		if gone {
+			p.forgetUses(pod.UID)
 		}
 		p.kick(ctx, pod.UID)
 	}
@@ -85,25 +86,60 @@ func (p *Pods) kickStatic(ctx context.Context) {
 			all = append(all, uid)
 		}
 	}
-	var orphans []*v1.Pod
-	if p.synced && p.staticSynced {
-		for key, m := range p.mirrors {
-			if _, have := p.static[key]; !have {
-				orphans = append(orphans, m)
-			}
-		}
-	}
+	mirrors := slices.Collect(maps.Values(p.mirrors))
 	p.mu.Unlock()
 	for _, uid := range all {
 		p.kick(ctx, uid)
 	}
-	for _, m := range orphans {
-		p.work.Go(func() {
-			if err := p.remove(ctx, m); err != nil && ctx.Err() == nil {
-				p.log.Warn("mirror pod of no static pod is not deleted", "pod", name(m).String(), "error", err)
-			}
-		})
+	for _, m := range mirrors {
+		p.checkOrphan(ctx, m)
 	}
+}
+
+// checkOrphan has a mirror pod deleted that stands for no static pod, as often
+// as it takes.
+func (p *Pods) checkOrphan(ctx context.Context, mirror *v1.Pod) {
+	if !isMirror(mirror) {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.orphans[mirror.UID] || !p.orphan(mirror) || ctx.Err() != nil {
+		return
+	}
+	p.orphans[mirror.UID] = true
+	p.work.Go(func() {
+		for failures := 1; ; failures++ {
+			p.mu.Lock()
+			if f := p.known[mirror.UID]; f == nil || !p.orphan(f.pod) || ctx.Err() != nil {
+				delete(p.orphans, mirror.UID)
+				p.mu.Unlock()
+				return
+			}
+			p.mu.Unlock()
+			if err := p.removeMirror(ctx, mirror); err != nil && ctx.Err() == nil && (failures == 1 || failures%10 == 0) {
+				p.log.Warn("mirror pod of no static pod is not deleted", "pod", name(mirror).String(), "failures", failures, "error", err)
+			}
+			sleep(ctx, Backoff(failures, 200*time.Millisecond, 10*time.Second))
+		}
+	})
+}
+
+// orphan says that a mirror pod stands for no static pod, nor for one that the
+// table still shows. p.mu is held.
+func (p *Pods) orphan(mirror *v1.Pod) bool {
+	if !p.synced || !p.staticSynced {
+		return false
+	}
+	if _, have := p.static[name(mirror)]; have {
+		return false
+	}
+	for _, r := range p.reports {
+		if r.shown != nil && !r.gone && name(r.shown) == name(mirror) && r.shown.Annotations[manifests.ConfigSourceAnnotation] != SourceName {
+			return false
+		}
+	}
+	return true
 }
 
 // settle brings the apiserver to what the table shows, until it agrees.
@@ -118,7 +154,7 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 			p.mu.Unlock()
 			return
 		}
-		if !r.gone && r.failures == 0 && starting(r.shown) && p.known[uid] != nil && p.known[uid].Status.StartTime == nil {
+		if !r.gone && r.failures == 0 && starting(r.shown) && p.unreported(uid) {
 			p.mu.Unlock()
 			p.await(ctx, r)
 			p.mu.Lock()
@@ -143,6 +179,12 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 		}
 		sleep(ctx, Backoff(failures, 200*time.Millisecond, 10*time.Second))
 	}
+}
+
+// unreported: the apiserver has the pod and knows no status of it. p.mu is held.
+func (p *Pods) unreported(uid types.UID) bool {
+	f := p.known[uid]
+	return f != nil && f.pod.Status.StartTime == nil
 }
 
 // await something that is worth a request, at most for calm.
@@ -193,17 +235,26 @@ func (p *Pods) bring(ctx context.Context, shown *v1.Pod, gone bool) error {
 	if shown.Annotations[manifests.ConfigSourceAnnotation] != SourceName {
 		return p.bringMirror(ctx, shown, gone)
 	}
-	p.mu.Lock()
-	base := p.known[shown.UID]
-	p.mu.Unlock()
+	base := p.version(shown.UID)
 	if base == nil {
 		return nil // the apiserver has it no more
 	}
 	if err := p.patch(ctx, base, shown); err != nil {
 		return err
 	}
-	if gone && base.DeletionTimestamp != nil {
+	// The answer may have told that it is being deleted.
+	if base = p.version(shown.UID); gone && base != nil && base.DeletionTimestamp != nil {
 		return p.remove(ctx, base)
+	}
+	return nil
+}
+
+// version of a pod that the apiserver told last; nil without one.
+func (p *Pods) version(uid types.UID) *v1.Pod {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if f := p.known[uid]; f != nil {
+		return f.pod
 	}
 	return nil
 }
@@ -214,19 +265,14 @@ func (p *Pods) patch(ctx context.Context, base, shown *v1.Pod) error {
 	if err != nil || patch == nil {
 		return err
 	}
-	is := &v1.Pod{}
-	err = p.cfg.Client.Patch(ctx, Ref{Resource: "pods", Namespace: base.Namespace, Name: base.Name, Subresource: "status"}, patch, is)
+	err = p.write(ctx, func(is *v1.Pod) error {
+		return p.cfg.Client.Patch(ctx, Ref{Resource: "pods", Namespace: base.Namespace, Name: base.Name, Subresource: "status"}, patch, is)
+	})
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
 		return nil // it is gone, or another one: the watch tells
 	}
 	if err != nil {
 		return fmt.Errorf("patch status of pod %s: %w", name(base), err)
-	}
-	p.mu.Lock()
-	have := p.known[is.UID] != nil
-	p.mu.Unlock()
-	if have { // it may have been deleted meanwhile
-		p.learn(is)
 	}
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/podd-runtime/podd/kubelet/manifests"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // SourceName is the name under which pods of an apiserver are known.
@@ -49,7 +50,14 @@ type Config struct {
 // Pods are those that an apiserver has bound to this node: they come in by one
 // watch, and their status goes out, each pod's by itself.
 //
-//	apiserver ──watch──> known ──SetPod──> table ──Watch──> report ──patch, delete──> apiserver
+//	apiserver ──watch, list──> known ──SetPod──> table ──Watch──> report ──patch, delete──> apiserver
+//	    └────── answers to own writes ──^
+//
+// Whatever road a pod's version came by, what it brings is told the table, once:
+// told is what that knows, and compared with. Versions are ordered within a road
+// only. A list is taken as it is, for an apiserver's database may have been
+// restored from a backup; an event of the watch is old only when an answer to a
+// write of this node was ahead of it.
 type Pods struct {
 	cfg Config
 	log *slog.Logger
@@ -57,15 +65,22 @@ type Pods struct {
 	slots chan struct{}
 	work  sync.WaitGroup
 
-	mu  sync.Mutex
-	ctx context.Context // of Run; nil before
-	// known is each pod as the apiserver has it, by what it told last.
-	known map[types.UID]*v1.Pod
-	// ended are those of known of which nothing is left on the node.
-	ended map[types.UID]bool
+	// telling is held from looking at what is known to having told it, so that
+	// the last that the table is told is the last that is known. It comes before mu.
+	telling sync.Mutex
+
+	mu    sync.Mutex
+	ctx   context.Context // of Run; nil before
+	known map[types.UID]*fact
 	// mirrors are those of known that stand for static pods.
 	mirrors map[types.NamespacedName]*v1.Pod
 	synced  bool
+	// writes under way, and the pods that were removed meanwhile: their answers
+	// come from the past.
+	writes int
+	buried map[types.UID]bool
+	// orphans are the mirror pods of no static pod that are being deleted.
+	orphans map[types.UID]bool
 	// static are the pods of the node's own manifests, by name.
 	static       map[types.NamespacedName]types.UID
 	staticSynced bool
@@ -73,11 +88,23 @@ type Pods struct {
 	reports      map[types.UID]*report
 }
 
+// fact is one pod of the apiserver's.
+type fact struct {
+	pod *v1.Pod // as the apiserver has it, by what it told last
+	// answered is the version of the last answer to a write of this node since
+	// the last list; "" without one.
+	answered string
+	told     *told // what the table was told; nil: nothing
+	// ended: nothing of it is left on the node.
+	ended bool
+}
+
 // New returns Pods; Run must be called for anything to happen.
 func New(cfg Config) *Pods {
 	return &Pods{
 		cfg: cfg, log: cfg.Log, slots: make(chan struct{}, 32),
-		known: map[types.UID]*v1.Pod{}, ended: map[types.UID]bool{}, mirrors: map[types.NamespacedName]*v1.Pod{},
+		known: map[types.UID]*fact{}, mirrors: map[types.NamespacedName]*v1.Pod{},
+		buried: map[types.UID]bool{}, orphans: map[types.UID]bool{},
 		static: map[types.NamespacedName]types.UID{}, reports: map[types.UID]*report{},
 	}
 }
@@ -91,7 +118,7 @@ func (p *Pods) Run(ctx context.Context) error {
 	p.work.Go(func() {
 		selector := fields.OneTermEqualSelector("spec.nodeName", p.cfg.NodeName)
 		p.cfg.Client.follow(ctx, Ref{Resource: "pods"}, selector, &v1.Pod{}, changes[*v1.Pod]{
-			set: func(pod *v1.Pod) { p.set(ctx, pod) }, remove: func(pod *v1.Pod) { p.removed(ctx, pod.UID) },
+			set: func(pod *v1.Pod) { p.hear(ctx, pod, event) }, remove: func(pod *v1.Pod) { p.removed(ctx, pod.UID) },
 			replace: func(all []*v1.Pod) { p.replace(ctx, all) },
 		})
 	})
@@ -104,46 +131,69 @@ func name(o metav1.Object) types.NamespacedName {
 	return types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}
 }
 
-// newer says whether a is a later version than b. The versions of one resource
+// newer says whether version a is later than b. The versions of one resource
 // are numbers that grow (KEP-5504).
-func newer(a, b *v1.Pod) bool {
-	x, errX := strconv.ParseUint(a.ResourceVersion, 10, 64)
-	y, errY := strconv.ParseUint(b.ResourceVersion, 10, 64)
+func newer(a, b string) bool {
+	x, errX := strconv.ParseUint(a, 10, 64)
+	y, errY := strconv.ParseUint(b, 10, 64)
 	return errX != nil || errY != nil || x > y
 }
 
-// learn keeps a version of a pod; false when a later one is known. With it
-// comes what was known before.
-func (p *Pods) learn(pod *v1.Pod) (was *v1.Pod, fresh bool) {
+// road is the way that a version of a pod came by.
+type road int
+
+const (
+	event  road = iota // of the watch
+	listed             // in a list
+	answer             // to a write of this node
+)
+
+// hear takes a version of a pod and tells the table what is new.
+func (p *Pods) hear(ctx context.Context, pod *v1.Pod, by road) {
+	if p.learn(pod, by) {
+		p.tell(pod.UID)
+		p.kick(ctx, p.reporter(pod))
+		p.checkOrphan(ctx, pod)
+	}
+}
+
+// learn keeps a version of a pod; false: it is from the past.
+func (p *Pods) learn(pod *v1.Pod, by road) bool {
 	pod.ManagedFields = nil
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	was = p.known[pod.UID]
-	if was != nil && !newer(pod, was) {
-		return was, false
+	f := p.known[pod.UID]
+	switch {
+	case by == answer && p.buried[pod.UID]:
+		return false
+	case f == nil:
+		f = &fact{}
+		p.known[pod.UID] = f
+	case by == answer && !newer(pod.ResourceVersion, f.pod.ResourceVersion):
+		return false // the watch was faster
+	case by == event && f.answered != "" && !newer(pod.ResourceVersion, f.answered):
+		return false
+	case pod.Generation != 0 && f.pod.Generation == pod.Generation:
+		pod.Spec = f.pod.Spec // the same: it need not be in memory twice
 	}
-	if was != nil && pod.Generation != 0 && was.Generation == pod.Generation {
-		pod.Spec = was.Spec // the same: it need not be in memory twice
+	switch by {
+	case answer:
+		f.answered = pod.ResourceVersion
+	case listed:
+		f.answered = ""
 	}
-	p.known[pod.UID] = pod
-	if pod.Annotations[mirrorAnnotation] != "" {
+	f.pod = pod
+	if isMirror(pod) {
 		p.mirrors[name(pod)] = pod
 	}
-	return was, true
+	return true
 }
 
-func (p *Pods) set(ctx context.Context, pod *v1.Pod) {
-	was, fresh := p.learn(pod)
-	if !fresh {
-		return
-	}
-	p.deliver(was, pod)
-	p.kick(ctx, p.reporter(pod))
-}
+func isMirror(pod *v1.Pod) bool { return pod.Annotations[mirrorAnnotation] != "" }
 
 // reporter is the UID under which the table knows a pod.
 func (p *Pods) reporter(pod *v1.Pod) types.UID {
-	if pod.Annotations[mirrorAnnotation] == "" {
+	if !isMirror(pod) {
 		return pod.UID
 	}
 	p.mu.Lock()
@@ -151,69 +201,129 @@ func (p *Pods) reporter(pod *v1.Pod) types.UID {
 	return p.static[name(pod)]
 }
 
-// deliver a pod to the table, unless all that is new is what the node itself
-// has reported.
-func (p *Pods) deliver(was, pod *v1.Pod) {
-	if pod.Annotations[mirrorAnnotation] != "" || was != nil && !differs(was, pod) || p.hasEnded(pod) {
+// tell the table what is known of a pod, unless it knows: all that is new may be
+// what the node itself has reported.
+func (p *Pods) tell(uid types.UID) {
+	p.telling.Lock()
+	defer p.telling.Unlock()
+	p.mu.Lock()
+	f := p.known[uid]
+	// One that is being deleted, has ended here and waits for somebody's
+	// finalizer must not begin again.
+	if f == nil || isMirror(f.pod) || f.pod.DeletionTimestamp != nil && f.ended {
+		p.mu.Unlock()
 		return
 	}
-	told := *pod
-	told.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
-	told.Annotations = maps.Clone(pod.Annotations)
-	if told.Annotations == nil {
-		told.Annotations = map[string]string{}
+	pod, news := f.pod, toldOf(f.pod)
+	known := f.told != nil && f.told.equal(news)
+	f.told = news
+	p.mu.Unlock()
+	if known && pod.Generation != 0 {
+		return
 	}
-	told.Annotations[manifests.ConfigSourceAnnotation] = SourceName
+	say := *pod
+	say.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
+	say.Annotations = maps.Clone(pod.Annotations)
+	if say.Annotations == nil {
+		say.Annotations = map[string]string{}
+	}
+	say.Annotations[manifests.ConfigSourceAnnotation] = SourceName
 	for _, u := range p.cfg.Uses {
-		u.Use(pod.UID, &told)
+		u.Use(uid, &say)
 	}
-	p.cfg.Sink.SetPod(SourceName, &told)
+	p.cfg.Sink.SetPod(SourceName, &say)
 }
 
-// hasEnded says that a pod which is being deleted has ended here already, and waits
-// for somebody's finalizer: it must not begin again.
-func (p *Pods) hasEnded(pod *v1.Pod) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return pod.DeletionTimestamp != nil && p.ended[pod.UID]
+// told is what of a pod the node acts on.
+type told struct {
+	generation          int64
+	deleted             *metav1.Time
+	grace               int64
+	labels, annotations map[string]string
+	// over: the phase is a terminal one, whoever has set it.
+	over bool
+	// gates are the conditions that the pod's readiness waits for.
+	gates map[v1.PodConditionType]v1.ConditionStatus
 }
 
-func differs(was, pod *v1.Pod) bool {
-	return pod.Generation == 0 || was.Generation != pod.Generation || len(pod.Spec.ReadinessGates) > 0 ||
-		!was.DeletionTimestamp.Equal(pod.DeletionTimestamp) ||
-		grace(was) != grace(pod) ||
-		!maps.Equal(was.Labels, pod.Labels) || !maps.Equal(was.Annotations, pod.Annotations)
-}
-
-func grace(pod *v1.Pod) int64 {
+func toldOf(pod *v1.Pod) *told {
+	t := &told{
+		generation: pod.Generation, deleted: pod.DeletionTimestamp, grace: -1,
+		labels: pod.Labels, annotations: pod.Annotations, over: status.Over(pod.Status.Phase),
+	}
 	if g := pod.DeletionGracePeriodSeconds; g != nil {
-		return *g
+		t.grace = *g
 	}
-	return -1
+	for _, gate := range pod.Spec.ReadinessGates {
+		for _, c := range pod.Status.Conditions {
+			if c.Type == gate.ConditionType {
+				if t.gates == nil {
+					t.gates = map[v1.PodConditionType]v1.ConditionStatus{}
+				}
+				t.gates[c.Type] = c.Status
+			}
+		}
+	}
+	return t
+}
+
+func (t *told) equal(o *told) bool {
+	return t.generation == o.generation && t.deleted.Equal(o.deleted) && t.grace == o.grace && t.over == o.over &&
+		maps.Equal(t.labels, o.labels) && maps.Equal(t.annotations, o.annotations) && maps.Equal(t.gates, o.gates)
 }
 
 // removed is a pod that the apiserver has no more.
 func (p *Pods) removed(ctx context.Context, uid types.UID) {
+	p.telling.Lock()
+	defer p.telling.Unlock()
 	p.mu.Lock()
-	pod := p.known[uid]
+	if p.writes > 0 {
+		p.buried[uid] = true
+	}
+	f := p.known[uid]
+	if f == nil {
+		p.mu.Unlock()
+		return
+	}
 	delete(p.known, uid)
-	delete(p.ended, uid)
-	mirror := pod != nil && pod.Annotations[mirrorAnnotation] != ""
-	var static types.UID
-	if mirror {
-		if m := p.mirrors[name(pod)]; m != nil && m.UID == uid {
-			delete(p.mirrors, name(pod))
-		}
-		static = p.static[name(pod)]
+	if m := p.mirrors[name(f.pod)]; m != nil && m.UID == uid {
+		delete(p.mirrors, name(f.pod))
+	}
+	static := p.static[name(f.pod)]
+	begun := p.reports[uid] != nil
+	p.mu.Unlock()
+	if isMirror(f.pod) {
+		p.kick(ctx, static) // it is made anew
+		return
+	}
+	p.cfg.Sink.RemovePod(SourceName, uid)
+	if !begun { // else the table tells of its end
+		p.forgetUses(uid)
+	}
+}
+
+func (p *Pods) forgetUses(uid types.UID) {
+	for _, u := range p.cfg.Uses {
+		u.Use(uid, nil)
+	}
+}
+
+// write does a request about a pod and takes what it answers.
+func (p *Pods) write(ctx context.Context, request func(into *v1.Pod) error) error {
+	p.mu.Lock()
+	p.writes++
+	p.mu.Unlock()
+	is := &v1.Pod{}
+	err := request(is)
+	if err == nil {
+		p.hear(ctx, is, answer)
+	}
+	p.mu.Lock()
+	if p.writes--; p.writes == 0 {
+		clear(p.buried)
 	}
 	p.mu.Unlock()
-	switch {
-	case pod == nil:
-	case mirror:
-		p.kick(ctx, static) // it is made anew
-	default:
-		p.cfg.Sink.RemovePod(SourceName, uid)
-	}
+	return err
 }
 
 // replace all that is known by what the apiserver has.
@@ -234,7 +344,7 @@ func (p *Pods) replace(ctx context.Context, all []*v1.Pod) {
 		p.removed(ctx, uid)
 	}
 	for _, pod := range all {
-		p.set(ctx, pod)
+		p.hear(ctx, pod, listed)
 	}
 	p.mu.Lock()
 	first := !p.synced
@@ -280,13 +390,19 @@ func (s staticSink) SetPod(source string, pod *v1.Pod) {
 
 func (s staticSink) RemovePod(source string, uid types.UID) {
 	s.pods.mu.Lock()
+	var left *v1.Pod
 	for key, u := range s.pods.static {
 		if u == uid {
 			delete(s.pods.static, key)
+			left = s.pods.mirrors[key]
 		}
 	}
+	begun, ctx := s.pods.reports[uid] != nil, s.pods.ctx
 	s.pods.mu.Unlock()
 	s.Sink.RemovePod(source, uid)
+	if left != nil && !begun && ctx != nil { // else its end in the table is waited for
+		s.pods.checkOrphan(ctx, left)
+	}
 }
 
 func (s staticSink) Synced(source string) {

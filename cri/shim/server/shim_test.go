@@ -44,15 +44,26 @@ var shimBinary = sync.OnceValues(func() (string, error) {
 
 var builtIn string // directory of the built program
 
-// probeBinary is the payload that does what busybox cannot.
-var probeBinary = sync.OnceValues(func() ([]byte, error) {
-	out := filepath.Join(os.TempDir(), fmt.Sprintf("podd-probe-%d", os.Getpid()))
+// probeBinary is the payload that does what busybox cannot, racerBinary one that
+// attacks.
+var (
+	probeBinary = sync.OnceValues(func() ([]byte, error) { return compiled("probe") })
+	racerBinary = sync.OnceValues(func() ([]byte, error) { return compiled("racer") })
+)
+
+// compiled is a program of testdata; $PODD_TEST_PROGRAMS has them where there is
+// no compiler.
+func compiled(name string) ([]byte, error) {
+	if dir := os.Getenv("PODD_TEST_PROGRAMS"); dir != "" {
+		return os.ReadFile(filepath.Join(dir, name))
+	}
+	out := filepath.Join(os.TempDir(), fmt.Sprintf("podd-%s-%d", name, os.Getpid()))
 	defer os.Remove(out)
-	if text, err := exec.Command("cc", "-O2", "-static", "-o", out, "testdata/probe.c").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build probe: %w\n%s", err, text)
+	if text, err := exec.Command("cc", "-O2", "-Wall", "-static", "-o", out, "testdata/"+name+".c").CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build %s: %w\n%s", name, err, text)
 	}
 	return os.ReadFile(out)
-})
+}
 
 func TestMain(m *testing.M) {
 	// Killed shims leave their children to us.

@@ -8,7 +8,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -26,15 +25,6 @@ func racerSeconds() int {
 	}
 	return 1
 }
-
-var racerBinary = sync.OnceValues(func() ([]byte, error) {
-	out := filepath.Join(os.TempDir(), fmt.Sprintf("podd-racer-%d", os.Getpid()))
-	defer os.Remove(out)
-	if text, err := exec.Command("cc", "-O2", "-Wall", "-static", "-o", out, "testdata/racer.c").CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build racer: %w\n%s", err, text)
-	}
-	return os.ReadFile(out)
-})
 
 // tracerSpec is a container that may trace, and nothing else, under the default
 // filter; it attacks whatever comes into its PID namespace.
