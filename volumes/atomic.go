@@ -2,6 +2,7 @@ package volumes
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -87,7 +88,7 @@ func finishWrite(root *dir, want files, keep string) error {
 		case name == newDataLink:
 			unix.Unlinkat(root.fd, name, 0)
 		case strings.HasPrefix(name, ".."):
-			if err := removeTree(root, name); err != nil {
+			if err := removeTree(context.Background(), root, name); err != nil {
 				return fmt.Errorf("old content %s: %w", name, err)
 			}
 		default:
@@ -132,7 +133,7 @@ func writeGeneration(root *dir, want files, group int) (name string, err error) 
 	}
 	defer func() {
 		if err != nil {
-			removeTree(root, name)
+			_ = removeTree(context.Background(), root, name)
 		}
 	}()
 	gen, err := root.openDir(name)
@@ -231,6 +232,12 @@ func sameContent(root *dir, name string, want files, group int) (bool, error) {
 	}
 	defer gen.close()
 	found := 0
+	dirs := map[string]bool{} // nothing else is entered, whatever is there
+	for p := range want {
+		for up := path.Dir(p); up != "."; up = path.Dir(up) {
+			dirs[up] = true
+		}
+	}
 	var walk func(d *dir, prefix string) (bool, error)
 	walk = func(d *dir, prefix string) (bool, error) {
 		names, err := d.names()
@@ -240,6 +247,9 @@ func sameContent(root *dir, name string, want files, group int) (bool, error) {
 		for _, n := range names {
 			p := prefix + n
 			f, isFile := want[p]
+			if !isFile && !dirs[p] {
+				return false, nil
+			}
 			if !isFile {
 				sub, err := d.openDir(n)
 				if err != nil {

@@ -13,6 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // subPathPod has an emptyDir that its container mounts by subPath.
@@ -335,7 +337,7 @@ func TestExchangeWhileWalking(t *testing.T) {
 	contested(func() {
 		make()
 		stop := exchange(base+"/vol/dir", base+"/vol/evil")
-		_ = removeTree(d, "vol")
+		_ = removeTree(context.Background(), d, "vol")
 		stop()
 	})
 	safe("removal")
@@ -394,7 +396,7 @@ func TestRemoveTreeStopsAtMount(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.close()
-	if err := removeTree(d, "tree"); !errors.Is(err, errCrossesMount) || !strings.Contains(err.Error(), "tree/a/b") {
+	if err := removeTree(context.Background(), d, "tree"); !errors.Is(err, tree.ErrMount) || !strings.Contains(err.Error(), "tree/a/b") {
 		t.Errorf("error: %v", err)
 	}
 	if _, err := os.Stat(outside + "/precious"); err != nil {

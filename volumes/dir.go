@@ -2,8 +2,11 @@ package volumes
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"os"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -41,19 +44,6 @@ func (d *dir) openDir(name string) (*dir, error) {
 	return &dir{fd: fd, name: d.name + "/" + name}, nil
 }
 
-// openHere opens what name itself is, link or not, unless that is the root of
-// another mount: then it is EXDEV, and nobody has asked that filesystem
-// anything.
-func (d *dir) openHere(name string, flags uint64) (int, error) {
-	fd, err := retry(func() (int, error) {
-		return unix.Openat2(d.fd, name, &unix.OpenHow{Flags: flags | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_XDEV})
-	})
-	if err != nil {
-		return -1, &os.PathError{Op: "open", Path: d.name + "/" + name, Err: err}
-	}
-	return fd, nil
-}
-
 // makeDir opens a directory and makes it if it is not there.
 func (d *dir) makeDir(name string, mode uint32) (*dir, error) {
 	sub, err := d.openDir(name)
@@ -82,7 +72,11 @@ func (d *dir) walk(names ...string) (*dir, error) {
 	return at, nil
 }
 
-// names lists the directory from its start.
+// maxNames of a directory that podd alone writes into: a ConfigMap has a
+// megabyte at most, so no volume has as many keys.
+const maxNames = 1 << 16
+
+// names lists a directory of podd's own from its start.
 func (d *dir) names() ([]string, error) {
 	// A fresh description, so that the offset is nobody else's.
 	fd, err := unix.Openat(d.fd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -91,7 +85,14 @@ func (d *dir) names() ([]string, error) {
 	}
 	f := os.NewFile(uintptr(fd), d.name)
 	defer f.Close()
-	return f.Readdirnames(-1)
+	names, err := f.Readdirnames(maxNames)
+	if errors.Is(err, io.EOF) {
+		err = nil // it is empty
+	}
+	if err == nil && len(names) == maxNames {
+		err = fmt.Errorf("%s: more than %d names in a directory that podd writes: %w", d.name, maxNames-1, errdefs.ErrFailedPrecondition)
+	}
+	return names, err
 }
 
 // retry repeats a call that a signal interrupted.
@@ -102,13 +103,4 @@ func retry[T any](f func() (T, error)) (T, error) {
 			return r, err
 		}
 	}
-}
-
-// mountID is the identity of the mount that a descriptor is on.
-func mountID(fd int) (uint64, error) {
-	var st unix.Statx_t
-	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, unix.STATX_MNT_ID, &st); err != nil {
-		return 0, &os.PathError{Op: "statx", Path: "descriptor", Err: err}
-	}
-	return st.Mnt_id, nil
 }

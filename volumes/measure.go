@@ -14,6 +14,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	stats "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 const (
@@ -26,8 +28,10 @@ const (
 	// still answer, foreignPatience how long each may take to say so.
 	watchForeign    = 10 * time.Second
 	foreignPatience = 5 * time.Second
-	// walkShare is the part of one CPU that counting trees may take.
+	// walkShare is the part of one CPU that counting trees may take, walks how
+	// many may be under way: each holds up to 40 descriptors and a megabyte.
 	walkShare = 0.05
+	walks     = 64
 )
 
 // Trouble is a volume whose filesystem does not answer.
@@ -52,6 +56,10 @@ type measured struct {
 	// asking are those that a helper waits for.
 	asking map[string]bool
 	known  map[string]*fsUsage
+	// busy are the pods that are being measured, bounded the volumes whose
+	// figures are a bound, which has been told.
+	busy    map[types.UID]bool
+	bounded map[string]bool
 }
 
 // Stats returns the usage of a pod's volumes as it was measured last, by name;
@@ -106,7 +114,7 @@ func (v *Volumes) Run(ctx context.Context, pods func() []*v1.Pod, troubled func(
 		if whole {
 			last = time.Now()
 		}
-		v.measure(ctx, list, whole)
+		v.measure(ctx, list, whole, &group)
 	})
 	watch := v.cfg.WatchEvery
 	if watch == 0 {
@@ -148,35 +156,83 @@ func limited(pod *v1.Pod) bool {
 	return false
 }
 
-// measure the volumes of all pods, or of those that have limits only.
-func (v *Volumes) measure(ctx context.Context, pods []*v1.Pod, all bool) {
-	share := walkShare
+// measure the volumes of all pods, or of those that have limits only. Each pod
+// is measured by itself, and again when that is done and it is due: what one
+// keeps in its volumes makes no other wait for its limit. The group ends when
+// all have been measured.
+func (v *Volumes) measure(ctx context.Context, pods []*v1.Pod, all bool, group *sync.WaitGroup) {
+	m := &v.measured
+	table, err := readMounts()
+	if err != nil {
+		v.log.Warn("volumes are not measured", "error", err)
+		return
+	}
 	present := map[types.UID]bool{}
 	for _, pod := range pods {
 		present[pod.UID] = true
-		if !all && !limited(pod) {
+		if !all && !limited(pod) || !m.begin(pod.UID) {
 			continue
 		}
-		found := v.measurePod(ctx, pod, &pace{share: share})
-		if ctx.Err() != nil {
-			return
-		}
-		v.measured.mu.Lock()
-		if v.measured.stats == nil {
-			v.measured.stats = map[types.UID]map[string]stats.VolumeStats{}
-		}
-		v.measured.stats[pod.UID] = found
-		v.measured.mu.Unlock()
-		if v.cfg.Measured != nil && limited(pod) {
-			v.cfg.Measured(ctx, pod)
-		}
+		group.Go(func() {
+			defer m.end(pod.UID)
+			v.measureOne(ctx, pod, table)
+		})
 	}
-	v.measured.mu.Lock()
-	defer v.measured.mu.Unlock()
-	maps.DeleteFunc(v.measured.stats, func(uid types.UID, _ map[string]stats.VolumeStats) bool { return !present[uid] })
+	m.keep(present)
 }
 
-func (v *Volumes) measurePod(ctx context.Context, pod *v1.Pod, p *pace) map[string]stats.VolumeStats {
+// measureOne waits for its turn, and gives it up before it asks for more than
+// volumes.
+func (v *Volumes) measureOne(ctx context.Context, pod *v1.Pod, table *mountTable) {
+	turn, err := v.turns.Begin(ctx)
+	if err != nil {
+		return
+	}
+	found := v.measurePod(ctx, pod, table, turn)
+	turn.End()
+	if ctx.Err() != nil {
+		return
+	}
+	v.measured.mu.Lock()
+	v.measured.stats[pod.UID] = found
+	v.measured.mu.Unlock()
+	if v.cfg.Measured != nil && limited(pod) {
+		v.cfg.Measured(ctx, pod)
+	}
+}
+
+// begin says whether a pod is to be measured now.
+func (m *measured) begin(uid types.UID) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stats == nil {
+		m.stats, m.busy = map[types.UID]map[string]stats.VolumeStats{}, map[types.UID]bool{}
+	}
+	if m.busy[uid] {
+		return false
+	}
+	m.busy[uid] = true
+	return true
+}
+
+func (m *measured) end(uid types.UID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.busy, uid)
+}
+
+// keep forgets all pods but those that are present.
+func (m *measured) keep(present map[types.UID]bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.stats, func(uid types.UID, _ map[string]stats.VolumeStats) bool { return !present[uid] })
+	maps.DeleteFunc(m.bounded, func(key string, _ bool) bool {
+		uid, _, _ := strings.Cut(key, "/")
+		return !present[types.UID(uid)]
+	})
+}
+
+func (v *Volumes) measurePod(ctx context.Context, pod *v1.Pod, table *mountTable, turn *tree.Turn) map[string]stats.VolumeStats {
 	names := used(pod)
 	claims, err := v.claims(pod)
 	if err != nil {
@@ -187,17 +243,13 @@ func (v *Volumes) measurePod(ctx context.Context, pod *v1.Pod, p *pace) map[stri
 		return nil
 	}
 	defer root.close()
-	table, err := readMounts()
-	if err != nil {
-		return nil
-	}
 	out := map[string]stats.VolumeStats{}
 	for i := range pod.Spec.Volumes {
 		vol, err := claims.volume(pod, &pod.Spec.Volumes[i])
 		if err != nil || !names[vol.Name] || vol.plugin() == "" {
 			continue
 		}
-		u, err := v.measureVolume(ctx, pod, root, table, vol, p)
+		u, err := v.measureVolume(ctx, pod, root, table, vol, turn)
 		if err != nil || u == nil {
 			if err != nil && ctx.Err() == nil {
 				v.log.Debug("volume is not measured", "pod", pod.Name, "volume", vol.Name, "error", err)
@@ -219,7 +271,7 @@ func (v *Volumes) measurePod(ctx context.Context, pod *v1.Pod, p *pace) map[stri
 
 // measureVolume tells a filesystem of its own by its own figures, and a
 // directory by what is in it. A foreign one was asked by watch.
-func (v *Volumes) measureVolume(ctx context.Context, pod *v1.Pod, root *dir, table *mountTable, vol *volume, p *pace) (*fsUsage, error) {
+func (v *Volumes) measureVolume(ctx context.Context, pod *v1.Pod, root *dir, table *mountTable, vol *volume, turn *tree.Turn) (*fsUsage, error) {
 	if m := v.foreignOf(table, pod, vol); m != nil {
 		v.measured.mu.Lock()
 		defer v.measured.mu.Unlock()
@@ -234,8 +286,32 @@ func (v *Volumes) measureVolume(ctx context.Context, pod *v1.Pod, root *dir, tab
 	if err != nil || vol.plugin() == pluginLocal || table.at(v.hostPath(pod.UID, vol)) != nil {
 		return u, err
 	}
-	u.Used, u.InodesUsed, err = treeUsage(ctx, at, p)
-	return u, err
+	found, err := tree.Measure(ctx, at.fd, turn)
+	if err != nil {
+		return nil, err
+	}
+	v.tellBound(pod, vol.Name, found.Bound)
+	u.Used, u.InodesUsed = found.Bytes, found.Inodes
+	return u, nil
+}
+
+// tellBound tells once of a volume that cannot be measured.
+func (v *Volumes) tellBound(pod *v1.Pod, volume string, why error) {
+	m, key := &v.measured, string(pod.UID)+"/"+volume
+	m.mu.Lock()
+	told := m.bounded[key]
+	if m.bounded == nil {
+		m.bounded = map[string]bool{}
+	}
+	if why == nil {
+		delete(m.bounded, key)
+	} else {
+		m.bounded[key] = true
+	}
+	m.mu.Unlock()
+	if why != nil && !told {
+		v.log.Warn("volume cannot be measured, it counts as all that its filesystem has in use", "namespace", pod.Namespace, "pod", pod.Name, "volume", volume, "error", why)
+	}
 }
 
 // foreignOf is the foreign filesystem that a volume is on; nil: none.

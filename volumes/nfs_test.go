@@ -196,7 +196,7 @@ func TestNFSVersionsAndOptions(t *testing.T) {
 		t.Errorf("subPath: %q, %v", data, err)
 	}
 	v.watch(context.Background(), list[:1], nil)
-	v.measure(context.Background(), list[:1], true)
+	measureAll(v, list[:1]...)
 	if s := v.Stats("newest"); len(s) != 1 || *s[0].CapacityBytes != 64<<20 {
 		t.Errorf("statistics: %+v", s)
 	}

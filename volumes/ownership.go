@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // fsGroup gives a volume to the pod's group, as upstream's
@@ -33,70 +35,17 @@ func applyGroup(ctx context.Context, root *dir, group int, policy v1.PodFSGroupC
 	if policy == v1.FSGroupChangeOnRootMismatch && int(st.Gid) == group && st.Mode == want {
 		return nil
 	}
-	mount, err := mountID(root.fd)
-	if err != nil {
+	err := tree.Walk(ctx, root.fd, nil, func(e *tree.Entry) error {
+		err := regroup(e.FD, &e.Stat, group)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
 		return err
-	}
-	if err := groupBelow(ctx, root, group, mount); err != nil {
+	})
+	if err != nil {
 		return fmt.Errorf("fsGroup %d: %w", group, err)
 	}
 	return regroup(root.fd, &st, group)
-}
-
-func groupBelow(ctx context.Context, d *dir, group int, mount uint64) error {
-	names, err := d.names()
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := groupEntry(ctx, d, name, group, mount); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
-}
-
-func groupEntry(ctx context.Context, d *dir, name string, group int, mount uint64) error {
-	// O_PATH opens anything, links and devices included, without touching it.
-	fd, err := d.openHere(name, unix.O_PATH)
-	if errors.Is(err, unix.EXDEV) {
-		return nil // what is mounted here is not the volume's
-	}
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	id, err := mountID(fd)
-	if err != nil || id != mount {
-		return err // what is mounted here is not the volume's
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
-	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		sub, err := d.openDir(name)
-		if err != nil {
-			return err
-		}
-		defer sub.close()
-		if same, err := sameInode(sub.fd, &st); err != nil || !same {
-			return err // exchanged meanwhile: not what was looked at
-		}
-		if err := groupBelow(ctx, sub, group, mount); err != nil {
-			return err
-		}
-	}
-	return regroup(fd, &st, group)
-}
-
-func sameInode(fd int, st *unix.Stat_t) (bool, error) {
-	var now unix.Stat_t
-	err := unix.Fstat(fd, &now)
-	return now.Dev == st.Dev && now.Ino == st.Ino, err
 }
 
 // regroup changes group and mode of one open file.

@@ -11,85 +11,14 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
-// errCrossesMount is returned when a tree to be removed holds a mount.
-var errCrossesMount = fmt.Errorf("is a mount point, not removed: %w", errdefs.ErrFailedPrecondition)
-
-// removeTree removes name in d and all below it: from descriptor to descriptor,
-// never through a link, never into another mount.
-func removeTree(d *dir, name string) error {
-	return removeTreeContext(context.Background(), d, name)
-}
-
-func removeTreeContext(ctx context.Context, d *dir, name string) error {
-	id, err := mountID(d.fd)
-	if err != nil {
-		return err
-	}
-	return removeBelow(ctx, d, name, id)
-}
-
-func removeBelow(ctx context.Context, d *dir, name string, mount uint64) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	// Most entries are not directories: unlink tells.
-	err := unix.Unlinkat(d.fd, name, 0)
-	switch {
-	case err == nil || errors.Is(err, unix.ENOENT):
-		return nil
-	case errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EPERM): // POSIX allows EPERM for directories
-	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
-	default:
-		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: err}
-	}
-	fd, err := d.openHere(name, unix.O_RDONLY|unix.O_DIRECTORY)
-	if errors.Is(err, unix.EXDEV) {
-		return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
-	}
-	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: unix.EPERM}
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	sub := &dir{fd: fd, name: d.name + "/" + name}
-	// What was opened is what is looked at: no race with a mount in between.
-	id, err := mountID(sub.fd)
-	if err == nil && id != mount {
-		err = fmt.Errorf("%s: %w", sub.name, errCrossesMount)
-	}
-	if err != nil {
-		sub.close()
-		return err
-	}
-	names, err := sub.names()
-	var errs []error
-	if err != nil {
-		errs = append(errs, err)
-	}
-	for _, n := range names {
-		if err := removeBelow(ctx, sub, n, mount); err != nil {
-			errs = append(errs, err)
-			if ctx.Err() != nil || len(errs) >= 10 {
-				break // enough to tell
-			}
-		}
-	}
-	sub.close()
-	if len(errs) > 0 {
-		return errors.Join(errs...)
-	}
-	if err := unix.Unlinkat(d.fd, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
-		if errors.Is(err, unix.EBUSY) {
-			return fmt.Errorf("%s/%s: %w", d.name, name, errCrossesMount)
-		}
-		return &os.PathError{Op: "remove", Path: d.name + "/" + name, Err: err}
+// removeTree removes name in d and all below it.
+func removeTree(ctx context.Context, d *dir, name string) error {
+	if err := tree.Remove(ctx, d.fd, name); err != nil {
+		return fmt.Errorf("%s: %w", d.name, err)
 	}
 	return nil
 }
@@ -122,7 +51,7 @@ func (v *Volumes) Teardown(ctx context.Context, uid types.UID) error {
 	if err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
-	if err := removeTreeContext(ctx, base, string(uid)); err != nil {
+	if err := removeTree(ctx, base, string(uid)); err != nil {
 		return fmt.Errorf("directory of pod %s: %w", uid, err)
 	}
 	return nil

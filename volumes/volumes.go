@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // Directories of a pod, as upstream's kubelet has them, below
@@ -92,6 +94,7 @@ type Volumes struct {
 
 	tokens   tokens
 	measured measured
+	turns    *tree.Turns   // of the walks that measure
 	patience time.Duration // with foreign filesystems that are asked whether they answer
 
 	noswap sync.Once // whether tmpfs knows noswap is found out once
@@ -111,7 +114,7 @@ func New(cfg Config) *Volumes {
 	if cfg.Helper == "" {
 		cfg.Helper = "/proc/self/exe"
 	}
-	return &Volumes{cfg: cfg, log: cfg.Log, locks: map[types.UID]*podLock{}, patience: foreignPatience}
+	return &Volumes{cfg: cfg, log: cfg.Log, locks: map[types.UID]*podLock{}, patience: foreignPatience, turns: tree.NewTurns(walkShare, walks)}
 }
 
 // lock makes the calls for one pod follow each other.

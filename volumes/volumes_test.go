@@ -146,8 +146,8 @@ func hostPaths(tb testing.TB, v *Volumes, p *v1.Pod) []string {
 	return paths
 }
 
-// tree lists files with mode and content as a reader sees them.
-func tree(tb testing.TB, root string) map[string]string {
+// listing lists files with mode and content as a reader sees them.
+func listing(tb testing.TB, root string) map[string]string {
 	tb.Helper()
 	out := map[string]string{}
 	err := filepath.WalkDir(root+"/", func(p string, d fs.DirEntry, err error) error {
@@ -193,7 +193,7 @@ func TestConfigMapLife(t *testing.T) {
 	if want := filepath.Join(v.cfg.RootDir, "pods/u1/volumes/kubernetes.io~configmap/all"); paths[0] != want {
 		t.Errorf("volume is at %s, upstream has it at %s", paths[0], want)
 	}
-	same(t, "all keys", tree(t, paths[0]), map[string]string{"a": "644 A", "b": "644 B", "bin": "644 \x00\x01"})
+	same(t, "all keys", listing(t, paths[0]), map[string]string{"a": "644 A", "b": "644 B", "bin": "644 \x00\x01"})
 	got, err := os.ReadFile(paths[1] + "/sub/dir/x")
 	if err != nil || string(got) != "A" {
 		t.Errorf("item: %q, %v", got, err)
@@ -219,7 +219,7 @@ func TestConfigMapLife(t *testing.T) {
 	if err := v.Refresh(context.Background(), p); err != nil {
 		t.Fatal(err)
 	}
-	same(t, "after the change", tree(t, paths[0]), map[string]string{"a": "644 A2", "c": "644 C"})
+	same(t, "after the change", listing(t, paths[0]), map[string]string{"a": "644 A2", "c": "644 C"})
 	entries, _ := os.ReadDir(paths[0])
 	if len(entries) != 4 { // ..data, one generation, a, c
 		t.Errorf("left in the volume: %v", entries)
@@ -295,7 +295,7 @@ func TestOptionalAndMissing(t *testing.T) {
 	}
 	p.Spec.Volumes[0].ConfigMap.Optional = &yes
 	setup(t, v, p)
-	same(t, "optional", tree(t, hostPaths(t, v, p)[0]), map[string]string{})
+	same(t, "optional", listing(t, hostPaths(t, v, p)[0]), map[string]string{})
 }
 
 func TestProjectedAndDownward(t *testing.T) {
@@ -322,8 +322,8 @@ func TestProjectedAndDownward(t *testing.T) {
 	if err != nil || string(data) != "A" {
 		t.Errorf("%q %v", data, err)
 	}
-	same(t, "projected", tree(t, paths[0]), map[string]string{"labels": `440 app="web"`, "p": "440 secret"})
-	same(t, "downward", tree(t, paths[1]), map[string]string{"cpu": "644 250"})
+	same(t, "projected", listing(t, paths[0]), map[string]string{"labels": `440 app="web"`, "p": "440 secret"})
+	same(t, "downward", listing(t, paths[1]), map[string]string{"cpu": "644 250"})
 	var st unix.Stat_t
 	if err := unix.Stat(paths[2]+"/p", &st); err != nil || st.Gid != 4711 {
 		t.Errorf("fsGroup of a secret's file: %d, %v", st.Gid, err)
