@@ -223,7 +223,7 @@ func (s *Service) prepareImageDeclared(in *specInput, u *undo) error {
 			continue
 		}
 		if len(in.volumes) == 0 {
-			u.push("image-declared volumes", func(context.Context) error { return removeTree(dir) })
+			u.push("image-declared volumes", func(ctx context.Context) error { return s.dropVolumes(ctx, in.id) })
 		}
 		src := filepath.Join(dir, fmt.Sprint(i))
 		if err := os.MkdirAll(src, 0o755); err != nil {

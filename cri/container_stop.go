@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -12,6 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/tree"
 )
 
 // killWait is how long an exit may take to be reported after SIGKILL before
@@ -197,33 +199,24 @@ func (s *Service) dropContainerFiles(ctx context.Context, id string, mounts []im
 			return fmt.Errorf("unmount image volume: %w", err)
 		}
 	}
-	if err := removeTree(s.volumeDir(id)); err != nil {
+	if err := s.dropVolumes(ctx, id); err != nil {
 		return fmt.Errorf("remove volumes: %w", err)
 	}
 	return removeFlat(s.containerDir(id))
 }
 
-// removeTree deletes a directory of ours with what a container wrote into it.
-// os.Root keeps to it: no link leads out (os.RemoveAll is safe in that too,
-// but follows the path to dir itself).
-func removeTree(dir string) error {
-	parent, name := splitPath(dir)
-	root, err := os.OpenRoot(parent)
-	if errors.Is(err, os.ErrNotExist) {
+// dropVolumes deletes what the image-declared volumes of a container store: a
+// tree that the container has written.
+func (s *Service) dropVolumes(ctx context.Context, id string) error {
+	s.volumes.Forget(id)
+	dir := s.volumeDir(id)
+	parent, err := unix.Open(filepath.Dir(dir), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
 	if err != nil {
-		return err
+		return &os.PathError{Op: "open", Path: filepath.Dir(dir), Err: err}
 	}
-	defer root.Close()
-	return root.RemoveAll(name)
-}
-
-func splitPath(p string) (dir, base string) {
-	for i := len(p) - 1; i >= 0; i-- {
-		if p[i] == '/' {
-			return p[:i], p[i+1:]
-		}
-	}
-	return ".", p
+	defer unix.Close(parent)
+	return tree.Remove(ctx, parent, filepath.Base(dir))
 }

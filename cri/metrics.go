@@ -244,8 +244,8 @@ func (s *Service) sandboxMetrics(ctx context.Context, sb *sandbox, emit EmitMetr
 			continue // it has just ended
 		}
 		sub := &subject{Details: d, started: c.startTime(), tasks: readTasks(d.Processes), isolated: true}
-		if bytes, inodes, err := s.images.Usage(ctx, c.id); err == nil {
-			sub.fs = &runtimeapi.FilesystemUsage{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: s.mountpoint(ctx)}, UsedBytes: wrap(bytes), InodesUsed: wrap(inodes)}
+		if u, err := s.writable(ctx, c); err == nil {
+			sub.fs = &runtimeapi.FilesystemUsage{FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: s.mountpoint(ctx)}, UsedBytes: wrap(u.Bytes), InodesUsed: wrap(u.Inodes)}
 		}
 		emitGroup(sub, container(c.id), labels(group, c.id, c.imageSpec().GetImage(), c.config.GetMetadata().GetName()))
 	}

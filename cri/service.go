@@ -18,6 +18,7 @@ import (
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/cri/state"
 	"github.com/podd-runtime/podd/cri/streaming"
+	"github.com/podd-runtime/podd/tree"
 )
 
 // Config of the services. Zero values are usable where a default is named.
@@ -86,6 +87,7 @@ type Service struct {
 	cdi     cdiCache
 	stream  *streaming.Server
 	usage   cpuRates
+	volumes *tree.Meter // of what image-declared volumes store, by container
 	warm    cgroups.Warmer
 	sources hangs
 	flusher flusher
@@ -129,6 +131,7 @@ func New(cfg Config, procs Processes, imgs Images, network Network) (*Service, e
 		cfg: cfg, log: cfg.Log, procs: procs, images: imgs, network: network,
 		host: probeHost(), store: store, cancel: cancel, seq: seq,
 	}
+	s.volumes = tree.NewMeter(cfg.Log, s.measureVolumes)
 	s.cdi.dirs = cfg.CDIDirs
 	s.stream = streaming.New(cfg.StreamingAddr, cfg.StreamingCert, streamRuntime{s})
 	if err := s.recover(ctx); err != nil {
@@ -137,6 +140,7 @@ func New(cfg Config, procs Processes, imgs Images, network Network) (*Service, e
 		return nil, err
 	}
 	s.wg.Go(func() { s.follow(ctx) })
+	s.wg.Go(func() { s.volumes.Run(ctx) })
 	return s, nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups/systemd"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -138,11 +139,13 @@ func (s *Service) containerStats(ctx context.Context, c *container) (*runtimeapi
 	out := &runtimeapi.ContainerStats{Attributes: &runtimeapi.ContainerAttributes{
 		Id: c.id, Metadata: c.config.GetMetadata(), Labels: c.config.GetLabels(), Annotations: c.config.GetAnnotations(),
 	}}
-	if bytes, inodes, err := s.images.Usage(ctx, c.id); err == nil {
+	if u, err := s.writable(ctx, c); err == nil {
 		out.WritableLayer = &runtimeapi.FilesystemUsage{
 			Timestamp: now(), FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: s.mountpoint(ctx)},
-			UsedBytes: wrap(bytes), InodesUsed: wrap(inodes),
+			UsedBytes: wrap(u.Bytes), InodesUsed: wrap(u.Inodes),
 		}
+	} else if ctx.Err() == nil && !errdefs.IsNotFound(err) {
+		s.log.Warn("what a container has on disk is not known", "container", c.id, "error", err)
 	}
 	if c.current() != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		return out, nil // an ended container has files and no cgroup

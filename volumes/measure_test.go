@@ -135,15 +135,15 @@ func TestADeepEmptyDirTakesBoundedMemory(t *testing.T) {
 func TestALargeVolumeKeepsNoOtherFromItsLimit(t *testing.T) {
 	needRoot(t)
 	v, _ := testVolumes(t)
-	// So little of the time is work that the large one takes minutes.
-	v.turns = tree.NewTurns(0.0001, 4)
+	// So little of the time is work that the large one takes seconds: 15 turns.
+	v.turns = tree.NewTurns(0.005, 4)
 	limit := resource.MustParse("1Gi")
 	large, small := pod("large", emptyDirVolume("d", "")), pod("small", emptyDirVolume("d", ""))
 	for _, p := range []*v1.Pod{large, small} {
 		p.Spec.Volumes[0].EmptyDir.SizeLimit = &limit
 		setup(t, v, p)
 	}
-	for i := range 1000 {
+	for i := range 2000 {
 		if err := os.WriteFile(fmt.Sprintf("%s/%d", v.path(large, &large.Spec.Volumes[0]), i), nil, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // ErrHostile marks what an image may not contain. It is also
@@ -355,7 +357,7 @@ func (x *extractor) mkparents(name, entry string) (int, error) {
 func (x *extractor) create(dir int, base string, hdr *tar.Header, make func() error) error {
 	err := make()
 	if errors.Is(err, unix.EEXIST) {
-		if err = removeAt(dir, base); err == nil {
+		if err = tree.Remove(context.Background(), dir, base); err == nil {
 			err = make()
 		}
 	}
@@ -402,7 +404,7 @@ func (x *extractor) mkdir(dir int, name, base string, hdr *tar.Header) error {
 		// A directory in the place of a whiteout of the same layer hides what
 		// is below.
 		e.opaque = st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
-		if err = removeAt(dir, base); err == nil {
+		if err = tree.Remove(context.Background(), dir, base); err == nil {
 			err = unix.Mkdirat(dir, base, 0o700)
 		}
 	}

@@ -13,6 +13,8 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // collector is the background garbage collector's state.
@@ -254,8 +256,7 @@ func (s *Store) emptyTrash(ctx context.Context) error {
 		return &os.PathError{Op: "open", Path: s.trashDir, Err: err}
 	}
 	defer unix.Close(fd)
-	r := remover{ctx: ctx, flat: fd, name: func() string { return fmt.Sprintf("deep-%d", s.trashed.Add(1)) }}
-	if err := r.clear(fd, 0); err != nil {
+	if err := tree.Clear(ctx, fd); err != nil {
 		return fmt.Errorf("empty %s: %w", s.trashDir, err)
 	}
 	return nil

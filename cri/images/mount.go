@@ -284,7 +284,7 @@ func (s *Store) dropSnapshot(key string) error {
 	_, had := s.snapshots[key]
 	delete(s.snapshots, key)
 	s.mu.Unlock()
-	s.usage.forget(key)
+	s.usage.Forget(key)
 	if had || err == nil {
 		s.kickGC()
 	}

@@ -19,6 +19,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+
+	"github.com/podd-runtime/podd/tree"
 )
 
 // Store is the node's image store. Its methods may be called at once from
@@ -52,7 +54,7 @@ type Store struct {
 
 	gc      collector
 	trashed atomic.Int64 // names the next one in trash
-	usage   usageCache
+	usage   *tree.Meter
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -114,7 +116,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	forwardLogs(cfg.Log)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.gc.init()
-	s.usage.init()
+	s.usage = tree.NewMeter(cfg.Log, s.measureSnapshot)
 	defer func() {
 		if err != nil {
 			s.cancel()
@@ -168,7 +170,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		return nil, err
 	}
 	s.wg.Go(s.collectLoop)
-	s.wg.Go(s.usageLoop)
+	s.wg.Go(func() { s.usage.Run(s.ctx) })
 	return s, nil
 }
 

@@ -24,7 +24,7 @@ func (s *launch) ownMounts() ([]*runtimeapi.Mount, error) {
 		if err != nil {
 			return nil, err
 		}
-		path := filepath.Join(dir, "etc-hosts")
+		path := filepath.Join(dir, spec.HostsFile)
 		if err := writeShared(path, content, 0o644); err != nil {
 			return nil, fmt.Errorf("write the hosts file of pod %s: %w", s.pod.Name, err)
 		}
@@ -42,7 +42,7 @@ func (s *launch) ownMounts() ([]*runtimeapi.Mount, error) {
 
 // terminationFile takes the termination message of one instance.
 func terminationFile(podDir, container string, attempt int32) string {
-	return filepath.Join(podDir, "containers", container, fmt.Sprintf("%08x", attempt))
+	return filepath.Join(podDir, spec.MessagesDir, container, fmt.Sprintf("%08x", attempt))
 }
 
 // writeShared writes a file that is mounted into containers: in place, so

@@ -2,14 +2,22 @@ package stats
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	statsapi "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
+
+	"github.com/podd-runtime/podd/cri"
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/tree"
 )
 
 // fsStats of the file system that holds path, which must be one of this
@@ -61,55 +69,78 @@ func (p *Provider) writable(u *runtimeapi.FilesystemUsage) *statsapi.FsStats {
 	return out
 }
 
-// maxLogFiles of a container that are added up: there are containerLogMaxFiles
-// of each instance.
-const maxLogFiles = 1000
-
 // logs is what a container's log files take.
 func (p *Provider) logs(ref statsapi.PodReference, container string) *statsapi.FsStats {
-	path := filepath.Join(p.cfg.PodLogsDir, ref.Namespace+"_"+ref.Name+"_"+ref.UID, container)
+	path := filepath.Join(p.podLogs(ref), container)
 	out, err := fsStats(path)
 	if err != nil {
 		return nil
 	}
-	dir, err := os.Open(path)
+	u, err := p.below(path)
 	if err != nil {
 		return nil
 	}
-	defer dir.Close()
-	names, _ := dir.Readdirnames(maxLogFiles)
-	var bytes, inodes uint64
-	for _, name := range names {
-		var st unix.Stat_t
-		if unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW) == nil {
-			bytes += uint64(st.Blocks) * 512
-			inodes++
-		}
-	}
-	out.UsedBytes, out.InodesUsed = &bytes, &inodes
+	out.UsedBytes, out.InodesUsed = &u.Bytes, &u.Inodes
 	return out
 }
 
+func (p *Provider) podLogs(ref statsapi.PodReference) string {
+	return filepath.Join(p.cfg.PodLogsDir, ref.Namespace+"_"+ref.Name+"_"+ref.UID)
+}
+
+// below is what a directory of podd's own takes with all in it. It is as large
+// as podd makes it: containers see files of it, no directory. Nothing there is
+// nothing.
+func (p *Provider) below(path string) (tree.Usage, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return tree.Usage{}, nil
+	}
+	if err != nil {
+		return tree.Usage{}, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	return tree.Measure(context.Background(), fd, nil)
+}
+
+// podFiles is what podd keeps outside of volumes for the containers of a pod to
+// write into: the hosts file and the termination messages, also of instances
+// that have ended.
+func (p *Provider) podFiles(uid string) (tree.Usage, error) {
+	dir := filepath.Join(p.cfg.RootDir, "pods", uid)
+	u, err := p.below(filepath.Join(dir, spec.MessagesDir))
+	if err != nil {
+		return u, err
+	}
+	var st unix.Stat_t
+	switch err := unix.Lstat(filepath.Join(dir, spec.HostsFile), &st); {
+	case errors.Is(err, unix.ENOENT):
+		return u, nil
+	case err != nil:
+		return u, fmt.Errorf("hosts file of pod %s: %w", uid, err)
+	}
+	return u.Plus(tree.Usage{Bytes: uint64(st.Blocks) * 512, Inodes: 1}), nil
+}
+
 // ephemeral is what the pod takes of the node's own storage: containers'
-// layers, logs, and volumes that live and die with it.
-func (p *Provider) ephemeral(ps *statsapi.PodStats, pod *v1.Pod) *statsapi.FsStats {
+// layers, logs, files, and volumes that live and die with it.
+func (p *Provider) ephemeral(ps *statsapi.PodStats, pod *v1.Pod, rest cri.AtRest) *statsapi.FsStats {
 	out, err := fsStats(p.cfg.RootDir)
 	if err != nil {
 		return nil
 	}
-	var bytes, inodes uint64
-	add := func(fs *statsapi.FsStats) {
-		if fs != nil && fs.UsedBytes != nil {
-			bytes += *fs.UsedBytes
+	sum := rest.Files
+	for _, read := range []func() (tree.Usage, error){
+		func() (tree.Usage, error) { return p.below(p.podLogs(ps.PodRef)) },
+		func() (tree.Usage, error) { return p.podFiles(ps.PodRef.UID) },
+	} {
+		u, err := read()
+		if err != nil {
+			return nil // what is not known is no figure
 		}
-		if fs != nil && fs.InodesUsed != nil {
-			inodes += *fs.InodesUsed
-		}
+		sum = sum.Plus(u)
 	}
-	for i := range ps.Containers {
-		add(ps.Containers[i].Rootfs)
-		add(ps.Containers[i].Logs)
-	}
+	sum = sum.Plus(layers(ps, pod, rest.Containers))
 	if pod != nil {
 		for i := range pod.Spec.Volumes {
 			if !ephemeralVolume(&pod.Spec.Volumes[i]) {
@@ -117,13 +148,61 @@ func (p *Provider) ephemeral(ps *statsapi.PodStats, pod *v1.Pod) *statsapi.FsSta
 			}
 			for j := range ps.VolumeStats {
 				if ps.VolumeStats[j].Name == pod.Spec.Volumes[i].Name {
-					add(&ps.VolumeStats[j].FsStats)
+					sum = sum.Plus(usage(&ps.VolumeStats[j].FsStats))
 				}
 			}
 		}
 	}
-	out.UsedBytes, out.InodesUsed = &bytes, &inodes
+	out.UsedBytes, out.InodesUsed = &sum.Bytes, &sum.Inodes
 	return out
+}
+
+// layers is what containers have written beside volumes. It is added up as the
+// limits that it is compared with are: those that run side by side, or one init
+// container if that has more. Of a container that has run before the larger of
+// the two instances counts: what remains of the last one must not end the next.
+func layers(ps *statsapi.PodStats, pod *v1.Pod, ended map[string]tree.Usage) tree.Usage {
+	own := maps.Clone(ended)
+	if own == nil {
+		own = map[string]tree.Usage{}
+	}
+	running := map[string]bool{}
+	for i := range ps.Containers {
+		c := &ps.Containers[i]
+		running[c.Name] = true
+		if u := usage(c.Rootfs); u.Bytes >= own[c.Name].Bytes {
+			own[c.Name] = u
+		}
+	}
+	var sum, most tree.Usage
+	for name, u := range own {
+		if isInit(pod, name) && !running[name] {
+			if u.Bytes > most.Bytes {
+				most = u
+			}
+			continue
+		}
+		sum = sum.Plus(u)
+	}
+	if most.Bytes > sum.Bytes {
+		return most
+	}
+	return sum
+}
+
+func isInit(pod *v1.Pod, name string) bool {
+	return pod != nil && slices.ContainsFunc(pod.Spec.InitContainers, func(c v1.Container) bool { return c.Name == name })
+}
+
+// usage of a file system's statistics; nil is nothing.
+func usage(fs *statsapi.FsStats) (u tree.Usage) {
+	if fs != nil && fs.UsedBytes != nil {
+		u.Bytes = *fs.UsedBytes
+	}
+	if fs != nil && fs.InodesUsed != nil {
+		u.Inodes = *fs.InodesUsed
+	}
+	return u
 }
 
 // ephemeralVolume says whether the volume is on the node's disk and the pod's.

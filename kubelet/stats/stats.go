@@ -31,6 +31,7 @@ type Runtime interface {
 	ListPodSandboxStats(context.Context, *runtimeapi.ListPodSandboxStatsRequest) (*runtimeapi.ListPodSandboxStatsResponse, error)
 	ImageFsInfo(context.Context, *runtimeapi.ImageFsInfoRequest) (*runtimeapi.ImageFsInfoResponse, error)
 	Metrics(ctx context.Context, emit cri.EmitMetric)
+	DiskAtRest(ctx context.Context, uid string) map[string]cri.AtRest
 }
 
 // Volumes knows what was measured of pods' volumes. *volumes.Volumes is it.
@@ -99,6 +100,10 @@ func (p *Provider) pods(ctx context.Context, only bool) ([]statsapi.PodStats, er
 			newest[m.GetUid()] = st
 		}
 	}
+	var rest map[string]cri.AtRest
+	if !only {
+		rest = p.cfg.Runtime.DiskAtRest(ctx, "")
+	}
 	out := make([]statsapi.PodStats, 0, len(newest))
 	for uid, st := range newest {
 		m := st.GetAttributes().GetMetadata()
@@ -110,7 +115,7 @@ func (p *Provider) pods(ctx context.Context, only bool) ([]statsapi.PodStats, er
 				ps.StartTime = *pod.Status.StartTime
 			}
 		}
-		p.fill(&ps, st, pod, only)
+		p.fill(&ps, st, pod, rest[uid], only)
 		out = append(out, ps)
 	}
 	slices.SortFunc(out, func(a, b statsapi.PodStats) int {
@@ -139,11 +144,11 @@ func (p *Provider) Storage(ctx context.Context, pod *v1.Pod) (*statsapi.PodStats
 		return nil, fmt.Errorf("sandbox of pod %s/%s: %w", pod.Namespace, pod.Name, errdefs.ErrNotFound)
 	}
 	ps := &statsapi.PodStats{PodRef: statsapi.PodReference{Name: pod.Name, Namespace: pod.Namespace, UID: string(pod.UID)}}
-	p.fill(ps, newest, pod, false)
+	p.fill(ps, newest, pod, p.cfg.Runtime.DiskAtRest(ctx, string(pod.UID))[string(pod.UID)], false)
 	return ps, nil
 }
 
-func (p *Provider) fill(ps *statsapi.PodStats, st *runtimeapi.PodSandboxStats, pod *v1.Pod, only bool) {
+func (p *Provider) fill(ps *statsapi.PodStats, st *runtimeapi.PodSandboxStats, pod *v1.Pod, rest cri.AtRest, only bool) {
 	linux := st.GetLinux()
 	ps.CPU, ps.Memory = cpuStats(linux.GetCpu()), memoryStats(linux.GetMemory())
 	var swap *statsapi.SwapStats
@@ -171,7 +176,7 @@ func (p *Provider) fill(ps *statsapi.PodStats, st *runtimeapi.PodSandboxStats, p
 	if pod != nil {
 		ps.VolumeStats = p.cfg.Volumes.Stats(pod.UID)
 	}
-	ps.EphemeralStorage = p.ephemeral(ps, pod)
+	ps.EphemeralStorage = p.ephemeral(ps, pod, rest)
 }
 
 // started is when a container's instance began: what the pod's status says of

@@ -14,6 +14,11 @@ const (
 	hostsHeaderHostNet = "# Kubernetes-managed hosts file (host network).\n"
 	// EtcHosts is where the managed hosts file is mounted in containers.
 	EtcHosts = "/etc/hosts"
+	// HostsFile is that file in the pod's directory, and MessagesDir where the
+	// termination messages are there, in a directory for each container: what
+	// containers write there counts as the pod's.
+	HostsFile   = "etc-hosts"
+	MessagesDir = "containers"
 )
 
 // Hosts is the content of the pod's /etc/hosts; with hostNetwork it is the
