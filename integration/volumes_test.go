@@ -200,6 +200,11 @@ func TestStorageLimits(t *testing.T) {
 		"container": `Container main exceeded its local ephemeral storage limit "10Mi". `,
 		"byvolume":  `Pod ephemeral local storage usage exceeds the total limit of containers 10Mi. `,
 	}
+	// Files that podd puts into every container count as all else (CVE-2020-8557).
+	for name, path := range map[string]string{"hosts": "/etc/hosts", "hostname": "/etc/hostname", "resolv": "/etc/resolv.conf", "message": "/dev/termination-log"} {
+		evicted[name] = evicted["layer"]
+		manifest(name, "", limit, "dd if=/dev/zero of="+path+" bs=1M count=11; exec sleep 10000 #%s", "")
+	}
 	manifest("volume", "emptyDir: {sizeLimit: 10Mi}", "", over, "")
 	manifest("layer", "", limit, over, "")
 	manifest("byvolume", "emptyDir: {}", limit, over, "")
