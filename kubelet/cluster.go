@@ -88,7 +88,7 @@ func (a *agent) openCluster(cfg *Cluster) (*cluster, error) {
 	machine := cfg.Machine
 	machine.Runtime = a.cri
 	n := cfg.Node
-	n.Client, n.Status, n.Log = c.client, machine.Status, c.log
+	n.Client, n.Status, n.Fixed, n.Log = c.client, machine.Status, machine.Fixed, c.log
 	n.Registered = func(uid types.UID) { c.pods.Registered(uid) }
 	// Upstream names the Node so, too: its UID may not be known.
 	self := &v1.ObjectReference{Kind: "Node", Name: n.Name, UID: types.UID(n.Name)}
@@ -125,10 +125,11 @@ func (c *cluster) env(ctx context.Context, pod *v1.Pod) (map[string]string, erro
 	return c.services.Env(ctx, pod)
 }
 
-// admit is the table's question whether a pod has a place here.
-func (c *cluster) admit(ctx context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict {
+// admit is the table's question whether a pod has a place here. It asks nobody:
+// see pods.Deps.
+func (c *cluster) admit(pod *v1.Pod, others []*v1.Pod) admission.Verdict {
 	static := pod.Annotations[manifests.ConfigSourceAnnotation] != apiserver.SourceName
-	return admission.Admit(c.node.Current(ctx), pod, static, others)
+	return admission.Admit(c.node.Current(), pod, static, others)
 }
 
 // run until ctx ends; the node joins first, if it has not yet.

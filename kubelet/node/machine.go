@@ -58,16 +58,27 @@ type Machine struct {
 	Version string
 }
 
-// Status of the machine now, without times.
-func (m *Machine) Status(ctx context.Context) v1.NodeStatus {
+// Fixed is the part of the machine's status that is known without asking the
+// runtime: what admission needs. That podd's runtime has supplementalGroupsPolicy
+// is part of it.
+func (m *Machine) Fixed() v1.NodeStatus {
+	groups := true
 	s := v1.NodeStatus{
 		Capacity: m.Capacity, Allocatable: m.Allocatable, NodeInfo: m.info(),
 		DaemonEndpoints: v1.NodeDaemonEndpoints{KubeletEndpoint: v1.DaemonEndpoint{Port: int32(m.Port)}},
+		Features:        &v1.NodeFeatures{SupplementalGroupsPolicy: &groups},
 	}
 	for _, ip := range m.IPs {
 		s.Addresses = append(s.Addresses, v1.NodeAddress{Type: v1.NodeInternalIP, Address: ip})
 	}
 	s.Addresses = append(s.Addresses, v1.NodeAddress{Type: v1.NodeHostName, Address: m.Name})
+	return s
+}
+
+// Status of the machine now, without times.
+func (m *Machine) Status(ctx context.Context) v1.NodeStatus {
+	s := m.Fixed()
+	s.Features = nil // the runtime tells
 	s.Conditions = m.pressures()
 	ready := v1.NodeCondition{Type: v1.NodeReady, Status: v1.ConditionTrue, Reason: "KubeletReady", Message: "kubelet is posting ready status"}
 	if not := m.runtime(ctx, &s); len(not) > 0 {

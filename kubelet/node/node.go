@@ -41,8 +41,10 @@ type Config struct {
 	Labels        map[string]string
 	Taints        []v1.Taint
 	Unschedulable bool
-	// Status is what the machine is like now.
+	// Status is what the machine is like now; it asks the runtime, which may take
+	// its time. Fixed is what of it is known without.
 	Status func(ctx context.Context) v1.NodeStatus
+	Fixed  func() v1.NodeStatus
 	// StatusEvery is how often that is looked at, ReportEvery how often it is
 	// reported when nothing has changed, LeaseDuration how long the control
 	// plane takes the node for alive after a renewal.
@@ -101,9 +103,15 @@ func (n *Node) Run(ctx context.Context) error {
 	return nil
 }
 
+// statusWait is how long the runtime may take to tell its part of the status;
+// then the node is reported as not ready.
+const statusWait = 30 * time.Second
+
 // once registers the node if it must be, or reports its status if it must be.
 func (n *Node) once(ctx context.Context) error {
-	status := n.cfg.Status(ctx)
+	sctx, cancel := context.WithTimeout(ctx, statusWait)
+	status := n.cfg.Status(sctx)
+	cancel()
 	n.mu.Lock()
 	node := n.node
 	n.mu.Unlock()
@@ -116,16 +124,17 @@ func (n *Node) once(ctx context.Context) error {
 	return n.report(ctx, node, status)
 }
 
-// Current is the Node as the apiserver has it, or as it would be registered.
-// It must not be changed.
-func (n *Node) Current(ctx context.Context) *v1.Node {
+// Current is the Node as the apiserver has it, or as it would be registered,
+// without what the runtime tells. It asks nobody: pods begin by it one after the
+// other. It must not be changed.
+func (n *Node) Current() *v1.Node {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.node != nil {
 		return n.node
 	}
 	if n.planned == nil {
-		n.planned = n.fresh(n.cfg.Status(ctx))
+		n.planned = n.fresh(n.cfg.Fixed())
 	}
 	return n.planned
 }

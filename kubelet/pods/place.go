@@ -11,7 +11,8 @@ import (
 )
 
 // admitted are the pods that have a place on the node. Which pods there are
-// and whether one more fits is decided for one pod after the other.
+// and whether one more fits is decided for one pod after the other: mu is held
+// over the decision, which is a computation and waits for nobody.
 type admitted struct {
 	mu   sync.Mutex
 	pods map[types.UID]*v1.Pod
@@ -40,7 +41,7 @@ func (t *Table) decide(pod *v1.Pod) (v admission.Verdict) {
 		for _, o := range a.pods {
 			others = append(others, o)
 		}
-		if v = t.deps.Admit(t.ctx, pod, others); v.Reason != "" {
+		if v = t.deps.Admit(pod, others); v.Reason != "" {
 			return admission.Verdict{Reason: v.Reason, Message: v.Message}
 		}
 		for _, uid := range v.Preempt {

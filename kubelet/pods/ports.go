@@ -85,8 +85,9 @@ type Deps struct {
 	// Credentials for images by plugins; nil: there are none.
 	Credentials Credentials
 	// Admit decides whether the node takes a pod beside the others that are
-	// not over; nil: it takes all.
-	Admit func(ctx context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict
+	// not over; nil: it takes all. One pod after the other is decided on, so it
+	// must wait for nothing.
+	Admit func(pod *v1.Pod, others []*v1.Pod) admission.Verdict
 	// Services are the variables that a pod gets for the cluster's services,
 	// see spec.EnvSources; nil without a cluster.
 	Services func(ctx context.Context, pod *v1.Pod) (map[string]string, error)
