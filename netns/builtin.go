@@ -9,7 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,18 +29,18 @@ type builtin struct {
 	bridge string
 	rules  ruleset
 
-	mu    sync.Mutex // held while it is set up
+	// mu is held while it is set up, and waited for no longer than a caller has
+	// time for.
+	mu    gate
 	ready bool
-	index int // the bridge's
-	mtu   int
-	v6    bool // the host has IPv6
+	stale atomic.Bool  // ready is to be forgotten
+	index atomic.Int64 // the bridge's
+	mtu   atomic.Int64
+	v6    atomic.Bool // the host has IPv6
 }
 
-func (b *builtin) reset() {
-	b.mu.Lock()
-	b.ready = false
-	b.mu.Unlock()
-}
+// reset has the next ensure set everything up. It waits for nobody.
+func (b *builtin) reset() { b.stale.Store(true) }
 
 // loadPools reads the ranges of earlier runs.
 func (n *Network) loadPools() error {
@@ -132,13 +132,24 @@ func (n *Network) rangeOfBridge() *rangeRecord {
 // setPool makes p the range that new pods get. Older ranges stay as long as a
 // pod has an address of theirs.
 func (n *Network) setPool(p *pool, given bool) (changed bool, err error) {
+	n.ranges.Lock()
+	defer n.ranges.Unlock()
+	r, changed := n.changePools(p)
+	if !changed {
+		return false, nil
+	}
+	r.Given = given
+	return true, saveRange(n.cfg.DataDir, *r)
+}
+
+func (n *Network) changePools(p *pool) (r *rangeRecord, changed bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var kept []*pool
 	for i, o := range n.pools {
 		if o.String() == p.String() {
 			if i == len(n.pools)-1 {
-				return false, nil
+				return nil, false
 			}
 			p = o
 			continue
@@ -158,48 +169,49 @@ func (n *Network) setPool(p *pool, given bool) (changed bool, err error) {
 		}
 	}
 	n.pools = append(kept, p)
-	return true, n.savePools(given)
-}
-
-func (n *Network) savePools(given bool) error {
-	r := rangeRecord{Given: given}
+	r = &rangeRecord{}
 	for _, p := range n.pools {
 		r.CIDRs = append(r.CIDRs, p.String())
 	}
-	return saveRange(n.cfg.DataDir, r)
+	return r, true
 }
 
 // ensure sets the host up, once.
-func (n *Network) ensure() error {
+func (n *Network) ensure(ctx context.Context) error {
 	b := &n.builtin
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	if err := b.mu.lock(ctx); err != nil {
+		return fmt.Errorf("built-in network is being set up: %w", err)
+	}
+	defer b.mu.unlock()
+	if b.stale.Swap(false) {
+		b.ready = false
+	}
 	if b.ready {
 		return nil
 	}
 	start := time.Now()
-	if err := n.setUp(); err != nil {
+	if err := n.setUp(ctx); err != nil {
 		return fmt.Errorf("built-in network on bridge %s: %w", b.bridge, err)
 	}
 	b.ready = true
 	n.mu.Lock()
 	current := n.pools[len(n.pools)-1]
 	n.mu.Unlock()
-	n.log.Info("built-in pod network is up", "bridge", b.bridge, "range", current.String(), "mtu", b.mtu, "took", time.Since(start))
+	n.log.Info("built-in pod network is up", "bridge", b.bridge, "range", current.String(), "mtu", b.mtu.Load(), "took", time.Since(start))
 	return nil
 }
 
 // setUp is called with b.mu held.
-func (n *Network) setUp() error {
+func (n *Network) setUp(ctx context.Context) error {
 	b := &n.builtin
 	// Other instances of this host look for a free range at the same time.
-	unlock, err := lockHost()
+	unlock, err := hostLock{n.cfg.LockDir}.lock(ctx)
 	if err != nil {
 		return err
 	}
 	defer unlock()
 	v6 := ipv6Enabled()
-	b.v6 = v6
+	b.v6.Store(v6)
 	if err := n.chooseRange(v6); err != nil {
 		return err
 	}
@@ -207,15 +219,16 @@ func (n *Network) setUp() error {
 	pools := append([]*pool(nil), n.pools...)
 	n.mu.Unlock()
 
-	b.mtu = n.cfg.MTU
-	if b.mtu == 0 {
-		b.mtu = n.uplinkMTU()
+	mtu := n.cfg.MTU
+	if mtu == 0 {
+		mtu = n.uplinkMTU()
 	}
-	br, err := n.bridge()
+	b.mtu.Store(int64(mtu))
+	br, err := n.bridge(mtu)
 	if err != nil {
 		return err
 	}
-	b.index = br.Attrs().Index
+	b.index.Store(int64(br.Attrs().Index))
 	if err := n.bridgeAddrs(br, pools, v6); err != nil {
 		return err
 	}
@@ -292,13 +305,13 @@ func (n *Network) chooseRange(v6 bool) error {
 	return err
 }
 
-func (n *Network) bridge() (netlink.Link, error) {
+func (n *Network) bridge(mtu int) (netlink.Link, error) {
 	b := &n.builtin
 	br, err := n.host.LinkByName(b.bridge)
 	var missing netlink.LinkNotFoundError
 	if errors.As(err, &missing) {
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name, attrs.MTU = b.bridge, b.mtu
+		attrs.Name, attrs.MTU = b.bridge, mtu
 		// A fixed address: else it follows the ports, and pods' neighbour
 		// entries for the gateway go stale.
 		h := sha256.Sum256([]byte(machineID() + b.bridge))
@@ -315,9 +328,9 @@ func (n *Network) bridge() (netlink.Link, error) {
 	if br.Type() != "bridge" {
 		return nil, fmt.Errorf("interface %s is a %s, not podd's bridge: rename or remove it: %w", b.bridge, br.Type(), errdefs.ErrFailedPrecondition)
 	}
-	if br.Attrs().MTU != b.mtu {
-		if err := n.host.LinkSetMTU(br, b.mtu); err != nil {
-			return nil, fmt.Errorf("mtu %d of bridge: %w", b.mtu, err)
+	if br.Attrs().MTU != mtu {
+		if err := n.host.LinkSetMTU(br, mtu); err != nil {
+			return nil, fmt.Errorf("mtu %d of bridge: %w", mtu, err)
 		}
 	}
 	return br, nil
@@ -491,15 +504,17 @@ func (n *Network) installRules(pools []*pool) error {
 }
 
 // readyBuiltin sets up, or repairs, the host's part.
-func (n *Network) readyBuiltin() error {
+func (n *Network) readyBuiltin(ctx context.Context) error {
 	b := &n.builtin
-	b.mu.Lock()
+	if err := b.mu.lock(ctx); err != nil {
+		return fmt.Errorf("built-in network is being set up: %w", err)
+	}
 	if b.ready {
 		l, err := n.host.LinkByName(b.bridge)
-		b.ready = err == nil && l.Attrs().Index == b.index && b.rules.exists()
+		b.ready = err == nil && int64(l.Attrs().Index) == b.index.Load() && b.rules.exists()
 	}
-	b.mu.Unlock()
-	return n.ensure()
+	b.mu.unlock()
+	return n.ensure(ctx)
 }
 
 func (n *Network) attachBuiltin(ctx context.Context, p *Pod) (_ *Result, err error) {
@@ -511,7 +526,7 @@ func (n *Network) attachBuiltin(ctx context.Context, p *Pod) (_ *Result, err err
 	if err != nil {
 		return nil, err
 	}
-	if err := n.ensure(); err != nil {
+	if err := n.ensure(ctx); err != nil {
 		return nil, err
 	}
 	ns, err := open(p.NetnsPath)
@@ -524,9 +539,7 @@ func (n *Network) attachBuiltin(ctx context.Context, p *Pod) (_ *Result, err err
 		Version: recordVersion, SandboxID: p.SandboxID, Pod: p.Namespace + "/" + p.Name, UID: p.UID,
 		Link: linkName(n.cfg.Instance, p.SandboxID), Ports: ports,
 	}
-	n.builtin.mu.Lock()
-	v6 := n.builtin.v6
-	n.builtin.mu.Unlock()
+	v6 := n.builtin.v6.Load()
 	lease, err := n.reserve(a, v6)
 	if err != nil {
 		return nil, err
@@ -544,7 +557,7 @@ func (n *Network) attachBuiltin(ctx context.Context, p *Pod) (_ *Result, err err
 	if errors.Is(err, errNoBridge) {
 		// Somebody removed the bridge: once more with a new one.
 		n.builtin.reset()
-		if err = n.ensure(); err == nil {
+		if err = n.ensure(ctx); err == nil {
 			err = n.connect(ns, a, lease, rates)
 		}
 	}
@@ -555,7 +568,7 @@ func (n *Network) attachBuiltin(ctx context.Context, p *Pod) (_ *Result, err err
 		return nil, err
 	}
 	if len(ports) > 0 {
-		if err := n.openPorts(target{a.IPs, ports}); err != nil {
+		if err := n.openPorts(ctx, target{a.IPs, ports}); err != nil {
 			return nil, err
 		}
 	}
@@ -577,8 +590,51 @@ type lease struct {
 }
 
 // reserve takes the ports and an address of each family that the host has; the
-// attachment is known from here on.
+// attachment is known from here on. When no address is left but those whose
+// links are on their way out, these are helped along.
 func (n *Network) reserve(a *attachment, v6 bool) (*lease, error) {
+	l, err := n.tryReserve(a, v6)
+	for range maxSettle { // others may take what was settled
+		if !errdefs.IsResourceExhausted(err) || !n.settle() {
+			break
+		}
+		l, err = n.tryReserve(a, v6)
+	}
+	return l, err
+}
+
+// maxSettle is how many links are deleted at once for a pod that needs an
+// address, 14 ms each, and how often.
+const maxSettle = 8
+
+// settle deletes links of resting addresses of the current range, and says
+// whether an address came free.
+func (n *Network) settle() bool {
+	n.mu.Lock()
+	p := n.pools[len(n.pools)-1]
+	resting := map[uint32]string{}
+	for k, link := range p.resting {
+		if len(resting) < maxSettle {
+			resting[k] = link
+		}
+	}
+	n.mu.Unlock()
+	for k, link := range resting {
+		if n.deleteLink(link) != nil {
+			delete(resting, k)
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for k, link := range resting {
+		if p.resting[k] == link {
+			delete(p.resting, k)
+		}
+	}
+	return len(resting) > 0
+}
+
+func (n *Network) tryReserve(a *attachment, v6 bool) (*lease, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if p := n.pools[len(n.pools)-1]; !v6 && !p.V4.IsValid() {
@@ -588,7 +644,7 @@ func (n *Network) reserve(a *attachment, v6 bool) (*lease, error) {
 		return nil, err
 	}
 	p := n.pools[len(n.pools)-1]
-	k, err := p.take(a.SandboxID, n.settle)
+	k, err := p.take(a.SandboxID)
 	if err != nil {
 		n.ports.release(a.SandboxID, a.Ports)
 		return nil, err
@@ -690,9 +746,6 @@ func (n *Network) reapLater() {
 	})
 }
 
-// settle makes sure that a resting address' link is gone. With n.mu held.
-func (n *Network) settle(link string) bool { return n.deleteLink(link) == nil }
-
 // deleteLink deletes a link; none is fine.
 func (n *Network) deleteLink(name string) error {
 	if name == "" {
@@ -747,14 +800,14 @@ func (n *Network) sweepLinks() error {
 
 // openPorts makes the pod's host ports lead to it, after taking back those
 // that wait for it: one of them may be the same.
-func (n *Network) openPorts(t target) error {
+func (n *Network) openPorts(ctx context.Context, t target) error {
 	err := n.changePorts(t)
 	if err != nil {
 		// The rules are not what we think: somebody flushed them. A new table
 		// has this pod's ports, which is attached already.
 		n.log.Warn("host port rules are written anew", "error", err)
 		n.builtin.reset()
-		err = n.ensure()
+		err = n.ensure(ctx)
 	}
 	if err == nil {
 		n.mu.Lock()
@@ -844,8 +897,10 @@ func (n *Network) forgetFlows(t target) {
 // stay. errdefs.ErrFailedPrecondition: pods are attached.
 func (n *Network) TearDown(ctx context.Context) error {
 	b := &n.builtin
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	if err := b.mu.lock(ctx); err != nil {
+		return fmt.Errorf("built-in network is being set up: %w", err)
+	}
+	defer b.mu.unlock()
 	n.mu.Lock()
 	for _, e := range n.attached {
 		if e.CNI == nil {

@@ -40,22 +40,25 @@ type cni struct {
 	confDir string
 	timeout time.Duration
 	lib     *libcni.CNIConfig
+	// begin work in the background that ends with the network.
+	begin func(work func(ctx context.Context))
 
 	mu   sync.Mutex
 	sig  string // of the directory's content when list was read
 	list *libcni.NetworkConfigList
 	err  error
 
+	asking    *asking
 	statusAt  time.Time
 	statusErr error
 }
 
-func newCNI(c Config) *cni {
+func newCNI(c Config, begin func(work func(ctx context.Context))) *cni {
 	e := &pluginExec{timeout: c.PluginTimeout}
 	return &cni{
 		confDir: c.ConfDir,
-		timeout: c.PluginTimeout,
-		lib:     libcni.NewCNIConfigWithCacheDir(c.BinDirs, filepath.Join(c.DataDir, "cni"), e),
+		timeout: c.PluginTimeout, begin: begin,
+		lib: libcni.NewCNIConfigWithCacheDir(c.BinDirs, filepath.Join(c.DataDir, "cni"), e),
 	}
 }
 
@@ -89,24 +92,34 @@ func (c *cni) config() (*libcni.NetworkConfigList, error) {
 		fmt.Fprintf(&sig, "%s %d %d\n", e.Name(), st.Size(), st.ModTime().UnixNano())
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if sig.String() == c.sig {
-		return c.list, c.err
+	same, list, err := sig.String() == c.sig, c.list, c.err
+	c.mu.Unlock()
+	if same {
+		return list, err
 	}
-	c.sig, c.list, c.err, c.statusAt = sig.String(), nil, nil, time.Time{}
+	list, err = firstConfig(files) // files are read with nobody waiting
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if sig.String() != c.sig {
+		c.sig, c.list, c.err, c.statusAt = sig.String(), list, err, time.Time{}
+	}
+	return c.list, c.err
+}
+
+// firstConfig is the first of the files that can be used.
+func firstConfig(files []string) (*libcni.NetworkConfigList, error) {
 	var bad []error
 	for _, f := range files {
 		l, err := loadConfig(f)
 		if err == nil {
-			c.list = l
 			return l, nil
 		}
 		bad = append(bad, fmt.Errorf("cni configuration %s: %w", f, err))
 	}
 	if len(bad) > 0 {
-		c.err = fmt.Errorf("%w: correct or remove it: %w", errors.Join(bad...), errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("%w: correct or remove it: %w", errors.Join(bad...), errdefs.ErrFailedPrecondition)
 	}
-	return nil, c.err
+	return nil, nil
 }
 
 func loadConfig(path string) (*libcni.NetworkConfigList, error) {
@@ -149,21 +162,54 @@ func listOf(p *libcni.PluginConfig, data []byte) (*libcni.NetworkConfigList, err
 // statusTTL: kubelets ask every few seconds, plugins are processes.
 const statusTTL = 10 * time.Second
 
-// status asks the plugins that know STATUS (CNI 1.1).
+// asking is a STATUS that is under way.
+type asking struct {
+	list *libcni.NetworkConfigList
+	done chan struct{} // closed when err is there
+	err  error
+}
+
+// status asks the plugins that know STATUS (CNI 1.1). Who asks while somebody
+// does waits for that answer, as long as ctx lasts; nobody else waits for a
+// plugin that hangs, and after its time-out it is asked anew.
 func (c *cni) status(ctx context.Context, l *libcni.NetworkConfigList) error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.list == l && time.Since(c.statusAt) < statusTTL {
+		defer c.mu.Unlock()
 		return c.statusErr
 	}
-	err := c.lib.GetStatusNetworkList(ctx, l)
-	if err != nil {
-		err = fmt.Errorf("cni network %s: %w: %w", l.Name, err, errdefs.ErrUnavailable)
+	a := c.asking
+	if a == nil || a.list != l {
+		a = &asking{list: l, done: make(chan struct{})}
+		c.asking = a
+		// For all who wait, so it does not end with the first; a plugin has
+		// its time-out.
+		c.begin(func(ctx context.Context) { c.ask(ctx, a) })
 	}
-	if ctx.Err() == nil {
+	c.mu.Unlock()
+	select {
+	case <-a.done:
+		return a.err
+	case <-ctx.Done():
+		return fmt.Errorf("cni network %s: its plugins have not answered STATUS: %w: %w", l.Name, context.Cause(ctx), errdefs.ErrUnavailable)
+	}
+}
+
+func (c *cni) ask(ctx context.Context, a *asking) {
+	err := c.lib.GetStatusNetworkList(ctx, a.list)
+	if err != nil {
+		err = fmt.Errorf("cni network %s: %w: %w", a.list.Name, err, errdefs.ErrUnavailable)
+	}
+	a.err = err
+	close(a.done)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.list == a.list {
 		c.statusAt, c.statusErr = time.Now(), err
 	}
-	return err
+	if c.asking == a {
+		c.asking = nil
+	}
 }
 
 // collect is the GC verb (CNI 1.1) and DEL for what only the cache knows.

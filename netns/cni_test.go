@@ -341,3 +341,25 @@ func TestCNILoopback(t *testing.T) {
 		t.Errorf("calls %v", c)
 	}
 }
+
+// TestASTATUSThatHangsHoldsUpNoPod: it is a plugin's, and others need no answer.
+func TestASTATUSThatHangsHoldsUpNoPod(t *testing.T) {
+	w, log := cniWorld(t)
+	w.conflist("10-test.conflist", log, map[string]any{"hang": "STATUS"})
+	soon, stop := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer stop()
+	if err := w.net.Ready(soon); !errdefs.IsUnavailable(err) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("ready: %v", err)
+	}
+	// It still hangs; a pod is attached, and detached.
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	p := w.pod()
+	if _, err := w.net.Attach(ctx, p); err != nil {
+		t.Error(err)
+	}
+	if err := w.net.Detach(ctx, p); err != nil {
+		t.Error(err)
+	}
+	// And the network closes without waiting for it: see newWorld.
+}

@@ -15,9 +15,7 @@ var errNoBridge = errors.New("bridge is gone")
 
 // connect makes the veth pair and sets up the pod's side.
 func (n *Network) connect(ns int, a *attachment, l *lease, r rates) error {
-	n.builtin.mu.Lock()
-	bridge, mtu := n.builtin.index, n.builtin.mtu
-	n.builtin.mu.Unlock()
+	bridge, mtu := int(n.builtin.index.Load()), int(n.builtin.mtu.Load())
 	err := addVeth(a, l, ns, bridge, mtu)
 	if errors.Is(err, unix.EEXIST) {
 		// Left by an attempt that a crash cut short, or eth0 is there already.

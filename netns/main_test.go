@@ -63,6 +63,9 @@ func needRoot(t testing.TB) {
 	}
 }
 
+// lockDir of all instances of a test: they share a host. It goes with the lock.
+var lockDir = filepath.Join(os.TempDir(), fmt.Sprint("podd-netns-", os.Getpid()))
+
 // world is one instance with its directories.
 type world struct {
 	t    testing.TB
@@ -77,6 +80,7 @@ func newWorld(t testing.TB, change ...func(*Config)) *world {
 	dir := t.TempDir()
 	w := &world{t: t, cfg: Config{
 		ConfDir: filepath.Join(dir, "net.d"), RunDir: filepath.Join(dir, "run"), DataDir: filepath.Join(dir, "data"),
+		LockDir:  lockDir,
 		Instance: dir, // its own bridge and table
 		Log:      slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}}

@@ -31,6 +31,9 @@ type Config struct {
 	RunDir string
 	// DataDir is for state that outlives it.
 	DataDir string
+	// LockDir is where the instances of one host keep out of each other's way:
+	// the same for all of them, root's alone. Default /run/podd-netns.
+	LockDir string
 	// Instance tells several podd of one host apart: it names the bridge and
 	// the nftables table. Empty: podd0 and podd.
 	Instance string
@@ -59,8 +62,9 @@ type Network struct {
 	builtin           builtin
 	sandboxes         keyLocks
 
-	// mu guards what follows; it is never held over a system call but when an
-	// address range is exhausted.
+	// ranges is held over a change of the pools with its write, before mu.
+	ranges sync.Mutex
+	// mu guards what follows; it is never held over a system call.
 	mu       sync.Mutex
 	attached map[string]*entry
 	pools    []*pool // the last one is current
@@ -70,6 +74,8 @@ type Network struct {
 	reaper   *time.Timer
 	closed   bool
 	wg       sync.WaitGroup
+	life     context.Context // of background work, which stop ends
+	stop     context.CancelFunc
 }
 
 // entry is an attachment that this process knows.
@@ -94,6 +100,9 @@ func New(c Config) (*Network, error) {
 	if c.PluginTimeout == 0 {
 		c.PluginTimeout = 90 * time.Second
 	}
+	if c.LockDir == "" {
+		c.LockDir = defaultLockDir
+	}
 	for _, d := range []string{c.RunDir, c.DataDir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("network: %w", err)
@@ -107,10 +116,11 @@ func New(c Config) (*Network, error) {
 		cfg: c, log: c.Log, host: h,
 		volatile: records{c.RunDir + "/attachments"},
 		durable:  records{c.DataDir + "/attachments"},
-		cni:      newCNI(c),
 		attached: map[string]*entry{},
 		ports:    portTable{},
 	}
+	n.life, n.stop = context.WithCancel(context.Background())
+	n.cni = newCNI(c, n.begin)
 	bridge, table := instanceNames(c.Instance)
 	n.builtin.bridge = bridge
 	n.builtin.rules = ruleset{name: table, bridge: bridge}
@@ -118,17 +128,31 @@ func New(c Config) (*Network, error) {
 		h.Close()
 		return nil, err
 	}
-	n.wg.Add(1)
-	go func() {
-		defer n.wg.Done()
+	n.begin(func(ctx context.Context) {
 		if conf, err := n.cni.config(); conf != nil || err != nil {
 			return
 		}
-		if err := n.ensure(); err != nil {
+		if err := n.ensure(ctx); err != nil && ctx.Err() == nil {
 			n.log.Warn("built-in network not set up yet, it is tried again for every pod", "error", err)
 		}
-	}()
+	})
 	return n, nil
+}
+
+// begin work that Close ends and waits for.
+func (n *Network) begin(work func(ctx context.Context)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.closed {
+		n.wg.Add(1)
+	}
+	closed := n.closed
+	go func() {
+		if !closed {
+			defer n.wg.Done()
+		}
+		work(n.life) // ended already when closed
+	}()
 }
 
 // recover rebuilds leases and host ports from the records.
@@ -181,6 +205,7 @@ func (n *Network) Close() error {
 		n.wg.Done()
 	}
 	n.mu.Unlock()
+	n.stop()
 	n.wg.Wait()
 	ctx, cancel := context.WithTimeout(context.Background(), tearDownTimeout)
 	defer cancel()
@@ -281,7 +306,7 @@ func (n *Network) Ready(ctx context.Context) error {
 	if conf != nil {
 		return n.cni.status(ctx, conf)
 	}
-	return n.readyBuiltin()
+	return n.readyBuiltin(ctx)
 }
 
 // SetPodCIDR sets the range for pods attached from now on. Pods of the old
@@ -307,7 +332,7 @@ func (n *Network) SetPodCIDR(ctx context.Context, cidr string) error {
 	if conf, err := n.cni.config(); err != nil || conf != nil {
 		return err
 	}
-	return n.ensure()
+	return n.ensure(ctx)
 }
 
 // young is how long an attachment is safe from Sweep: the caller's list may be
@@ -368,6 +393,29 @@ func (n *Network) Addresses() []netip.Addr {
 	}
 	return n.pools[len(n.pools)-1].gateways()
 }
+
+// gate is a mutex that is waited for no longer than a context lasts. Its zero
+// value is free.
+type gate struct {
+	once sync.Once
+	held chan struct{} // full while held
+}
+
+func (g *gate) init() chan struct{} {
+	g.once.Do(func() { g.held = make(chan struct{}, 1) })
+	return g.held
+}
+
+func (g *gate) lock(ctx context.Context) error {
+	select {
+	case g.init() <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (g *gate) unlock() { <-g.held }
 
 // keyLocks is a lock per key that exists only while somebody wants it.
 type keyLocks struct {

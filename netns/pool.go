@@ -116,24 +116,19 @@ func (p *pool) number(a netip.Addr) (uint32, bool) {
 
 func (p *pool) gateways() []netip.Addr { return p.addrs(1) }
 
-// take leases the next free number. Resting ones are taken only when nothing
-// else is left and settle says that their link is gone.
-func (p *pool) take(id string, settle func(link string) bool) (uint32, error) {
-	for _, rested := range []bool{false, true} {
-		n := p.next
-		for range p.size - 2 {
-			if n < 2 || n >= p.size {
-				n = 2
-			}
-			link, resting := p.resting[n]
-			if p.used[n] == "" && (!resting || rested && settle(link)) {
-				delete(p.resting, n)
-				p.used[n] = id
-				p.next = n + 1
-				return n, nil
-			}
-			n++
+// take leases the next free number; those that rest are not.
+func (p *pool) take(id string) (uint32, error) {
+	n := p.next
+	for range p.size - 2 {
+		if n < 2 || n >= p.size {
+			n = 2
 		}
+		if _, resting := p.resting[n]; p.used[n] == "" && !resting {
+			p.used[n] = id
+			p.next = n + 1
+			return n, nil
+		}
+		n++
 	}
 	return 0, fmt.Errorf("pod range %s: all %d addresses are in use: %w", p, p.size-2, errdefs.ErrResourceExhausted)
 }

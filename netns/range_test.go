@@ -72,11 +72,9 @@ func TestPool(t *testing.T) {
 	if err != nil || p.String() != "10.1.2.0/29,fd00::/64" {
 		t.Fatal(p, err)
 	}
-	gone := map[string]bool{}
-	settle := func(link string) bool { return gone[link] }
 	var got []string
 	for i := range 5 {
-		n, err := p.take(fmt.Sprint(i), settle)
+		n, err := p.take(fmt.Sprint(i))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,22 +89,22 @@ func TestPool(t *testing.T) {
 	if s := strings.Join(got, " "); s != "10.1.2.2 10.1.2.3 10.1.2.4 10.1.2.5 10.1.2.6" {
 		t.Errorf("addresses %s", s)
 	}
-	if _, err := p.take("x", settle); !errdefs.IsResourceExhausted(err) {
+	if _, err := p.take("x"); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("full: %v", err)
 	}
 	delete(p.used, 3)
 	p.resting[3] = "l3"
-	if _, err := p.take("x", settle); !errdefs.IsResourceExhausted(err) {
+	if _, err := p.take("x"); !errdefs.IsResourceExhausted(err) {
 		t.Errorf("only a resting one whose link lives: %v", err)
 	}
-	gone["l3"] = true
-	if n, err := p.take("x", settle); err != nil || n != 3 {
+	delete(p.resting, 3)
+	if n, err := p.take("x"); err != nil || n != 3 {
 		t.Errorf("%d, %v; want 3", n, err)
 	}
 	// Rotation: what was given back comes last.
 	delete(p.used, 2)
 	delete(p.used, 5)
-	if n, _ := p.take("y", settle); n != 5 {
+	if n, _ := p.take("y"); n != 5 {
 		t.Errorf("got %d, want 5: after the last given", n)
 	}
 	if _, ok := p.number(netip.MustParseAddr("10.1.3.0")); ok {

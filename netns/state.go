@@ -121,20 +121,6 @@ func routes(h *netlink.Handle, bridge int) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// lockHost serialises the choice of a range between the instances of one host:
-// a lock on the host's network namespace itself, given up with the descriptor.
-func lockHost() (func(), error) {
-	f, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock network namespace: %w", err)
-	}
-	return func() { f.Close() }, nil
-}
-
 func machineID() string {
 	for _, p := range []string{"/etc/machine-id", "/proc/sys/kernel/random/boot_id"} {
 		if b, err := os.ReadFile(p); err == nil && len(b) > 8 {
