@@ -63,6 +63,7 @@ type same struct {
 type similar struct {
 	since    time.Time
 	messages int
+	combined *entry // stands for those beyond the window's; nil: none yet
 }
 
 // truncate cuts m to what the API allows, at a rune's start.

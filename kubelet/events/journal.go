@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +23,8 @@ const header = `{"podd":"events","version":1}`
 
 type journal struct {
 	path  string
-	mu    sync.Mutex
-	lines int
+	mu    sync.Mutex // held over writes, which a disk may keep for long
+	lines atomic.Int64
 }
 
 // load returns the entries of the file. One that is not ours is renamed away.
@@ -45,7 +46,7 @@ func (j *journal) load() ([]*entry, error) {
 	sc := bufio.NewScanner(bytes.NewReader(rest))
 	sc.Buffer(nil, 1<<20)
 	for sc.Scan() {
-		j.lines++
+		j.lines.Add(1)
 		e := &entry{}
 		// A torn or damaged line costs itself only.
 		if json.Unmarshal(sc.Bytes(), e) != nil || e.Name == "" {
@@ -61,12 +62,9 @@ func (j *journal) load() ([]*entry, error) {
 	return order, nil
 }
 
-// full says whether appending n entries leaves more history than events.
-func (j *journal) full(n, max int) bool {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.lines+n > 2*max
-}
+// full says whether appending n entries leaves more history than events. It
+// waits for no write.
+func (j *journal) full(n, max int) bool { return int(j.lines.Load())+n > 2*max }
 
 func (j *journal) append(batch []entry) error {
 	if len(batch) == 0 {
@@ -86,7 +84,7 @@ func (j *journal) append(batch []entry) error {
 		buf.WriteByte('\n')
 	}
 	encode(&buf, batch)
-	j.lines += len(batch)
+	j.lines.Add(int64(len(batch)))
 	_, err = f.Write(buf.Bytes())
 	return err
 }
@@ -120,7 +118,7 @@ func (j *journal) rewrite(all []entry) error {
 	if err := os.Rename(tmp, j.path); err != nil {
 		return err
 	}
-	j.lines = len(all)
+	j.lines.Store(int64(len(all)))
 	return nil
 }
 

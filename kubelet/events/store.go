@@ -68,6 +68,7 @@ func Open(cfg Config) (*Store, error) {
 	s := &Store{
 		cfg: cfg, events: map[same]*entry{}, similar: map[kind]*similar{},
 		dirty: map[*entry]struct{}{}, changed: make(chan struct{}, 1), file: journal{path: cfg.Path},
+		out: feed.Feed{Max: cfg.Max},
 	}
 	if cfg.Path == "" {
 		return s, nil
@@ -79,6 +80,9 @@ func Open(cfg Config) (*Store, error) {
 	for _, e := range loaded {
 		s.events[e.key()] = e
 		s.rv = max(s.rv, e.RV)
+		if strings.HasPrefix(e.Message, combinedPrefix) {
+			s.similar[e.key().kind] = &similar{combined: e}
+		}
 	}
 	s.prune()
 	return s, nil
@@ -100,16 +104,7 @@ func (s *Store) Eventf(ref *v1.ObjectReference, eventType, reason, format string
 	e := s.events[k]
 	if e == nil && s.combine(k.kind, now) {
 		k.message = truncate(combinedPrefix + message)
-		// The combined event of a kind is one, whatever its message says now.
-		for ok, oe := range s.events {
-			if ok.kind == k.kind && len(ok.message) >= len(combinedPrefix) && ok.message[:len(combinedPrefix)] == combinedPrefix {
-				delete(s.events, ok)
-				oe.Message = k.message
-				s.events[k] = oe
-				e = oe
-				break
-			}
-		}
+		e = s.combined(k)
 	}
 	s.rv++
 	typ := watch.Modified
@@ -123,6 +118,9 @@ func (s *Store) Eventf(ref *v1.ObjectReference, eventType, reason, format string
 		s.lastNew = named
 		e = &entry{Name: eventName(k.object, named), Object: k.object, Type: eventType, Reason: reason, Message: k.message, First: now}
 		s.events[k] = e
+		if strings.HasPrefix(k.message, combinedPrefix) {
+			s.remember(k.kind, e)
+		}
 	}
 	e.RV, e.Last = s.rv, now
 	e.Count++
@@ -131,6 +129,26 @@ func (s *Store) Eventf(ref *v1.ObjectReference, eventType, reason, format string
 	s.out.Publish(e.Name, watch.Event{Type: typ, Object: e.api(s.cfg.Component, s.cfg.Host)})
 	if s.cfg.Tell && typ == watch.Added && ref.Kind == "Pod" {
 		s.tell(ref, eventType, reason, k.message)
+	}
+}
+
+// combined is the one event that stands for all further ones of a kind, with
+// its new message; nil: there is none yet.
+func (s *Store) combined(k same) *entry {
+	e := s.similar[k.kind].combined
+	if e == nil || s.events[e.key()] != e {
+		return nil
+	}
+	delete(s.events, e.key())
+	e.Message = k.message
+	s.events[k] = e
+	return e
+}
+
+// remember the combined event of a kind.
+func (s *Store) remember(k kind, e *entry) {
+	if m := s.similar[k]; m != nil {
+		m.combined = e
 	}
 }
 
@@ -151,7 +169,11 @@ func (s *Store) tell(ref *v1.ObjectReference, eventType, reason, message string)
 func (s *Store) combine(k kind, now time.Time) bool {
 	m := s.similar[k]
 	if m == nil || now.Sub(m.since) > similarWindow {
-		m = &similar{since: now}
+		var combined *entry
+		if m != nil {
+			combined = m.combined
+		}
+		m = &similar{since: now, combined: combined}
 		s.similar[k] = m
 	}
 	m.messages++
@@ -181,7 +203,7 @@ func (s *Store) prune() {
 		delete(s.dirty, e)
 	}
 	for k, m := range s.similar {
-		if s.cfg.Now().Sub(m.since) > similarWindow {
+		if s.cfg.Now().Sub(m.since) > similarWindow && (m.combined == nil || s.events[m.combined.key()] != m.combined) {
 			delete(s.similar, k)
 		}
 	}

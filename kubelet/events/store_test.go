@@ -163,3 +163,53 @@ func TestEventsAreTold(t *testing.T) {
 		t.Errorf("got  %swant %s", got, want)
 	}
 }
+
+// TestADiskThatHangsHoldsUpNoEvent: events are recorded on the way of every pod.
+func TestADiskThatHangsHoldsUpNoEvent(t *testing.T) {
+	s := open(t, filepath.Join(t.TempDir(), "e"), 0, &clock{t: time.Unix(1000, 0)})
+	s.Eventf(ref, v1.EventTypeNormal, "Pulled", "x")
+	s.file.mu.Lock() // a write is under way and does not come back
+	flushed := make(chan error, 1)
+	go func() { flushed <- s.Flush() }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range 1000 {
+			s.Eventf(ref, v1.EventTypeNormal, "Pulled", "%d", i)
+		}
+	}()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Error("events wait for the disk")
+	}
+	s.file.mu.Unlock()
+	if err := <-flushed; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestNobodyTakesEvents: what waits for an apiserver that is away is no more
+// than the store keeps.
+func TestNobodyTakesEvents(t *testing.T) {
+	s := open(t, "", 50, &clock{t: time.Unix(1000, 0)})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	ch := s.Watch(ctx)
+	for i := range 5000 {
+		r := *ref
+		r.Name = fmt.Sprint("p", i)
+		s.Eventf(&r, v1.EventTypeNormal, "Started", "x")
+	}
+	n, last := 0, ""
+	for last != "p4999" {
+		e, ok := <-ch
+		if !ok {
+			t.Fatalf("ended after %d, %s", n, last)
+		}
+		n, last = n+1, e.Object.(*v1.Event).InvolvedObject.Name
+	}
+	if n > 52 {
+		t.Errorf("%d events waited", n)
+	}
+}

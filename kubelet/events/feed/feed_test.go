@@ -1,7 +1,9 @@
 package feed
 
 import (
+	"container/list"
 	"context"
+	"strconv"
 	"testing"
 	"time"
 
@@ -28,13 +30,16 @@ func TestMerge(t *testing.T) {
 		{"replaced", []watch.Event{ev(watch.Deleted, "1"), ev(watch.Added, "2"), ev(watch.Modified, "3")}, "DELETED1 ADDED3 "},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			var q []Item
+			s := subscriber{last: map[string]*list.Element{}}
 			for _, e := range tc.in {
-				q = merge(q, Item{"a", e})
+				s.merge(Item{"a", e})
 			}
 			got := ""
-			for _, it := range q {
-				got += string(it.Event.Type) + it.Event.Object.(*v1.Pod).ResourceVersion + " "
+			for e, ok := s.next(); ok; e, ok = s.next() {
+				got += string(e.Type) + e.Object.(*v1.Pod).ResourceVersion + " "
+			}
+			if len(s.last) != 0 {
+				t.Errorf("keys are remembered: %v", s.last)
 			}
 			if got != tc.want {
 				t.Fatalf("got %q, want %q", got, tc.want)
@@ -69,5 +74,42 @@ func TestSlowSubscriberDoesNotBlock(t *testing.T) {
 	defer f.mu.Unlock()
 	if len(f.subs) != 0 {
 		t.Fatal("subscriber left behind")
+	}
+}
+
+// TestABacklogIsBoundedAndCheap: what waits for a subscriber that takes nothing,
+// of objects that come without end, is bounded, the last are there, and to
+// publish one more takes no longer for all that.
+func TestABacklogIsBoundedAndCheap(t *testing.T) {
+	f := Feed{Max: 100}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	ch := f.Subscribe(ctx, nil)
+	const n = 50000 // by a search through all that waits: 1e9 steps
+	for i := range n {
+		f.Publish(strconv.Itoa(i), ev(watch.Added, strconv.Itoa(i)))
+	}
+	got, last := 0, ""
+	for last != strconv.Itoa(n-1) {
+		e, ok := <-ch
+		if !ok {
+			t.Fatalf("ended after %d, %s", got, last)
+		}
+		got, last = got+1, e.Object.(*v1.Pod).ResourceVersion
+	}
+	if got > 102 { // one was on its way already
+		t.Errorf("%d events waited", got)
+	}
+	var all Feed
+	slow := all.Subscribe(ctx, nil)
+	for range 2 {
+		for i := range n {
+			all.Publish(strconv.Itoa(i), ev(watch.Modified, "x"))
+		}
+	}
+	for i := range n {
+		if _, ok := <-slow; !ok {
+			t.Fatalf("ended after %d of %d", i, n)
+		}
 	}
 }
