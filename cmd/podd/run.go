@@ -200,7 +200,7 @@ func agentConfig(cfg *config.Config, log *slog.Logger, setVerbosity func(string)
 		},
 		Cgroups:   cgroups.Config{Root: k.CgroupRoot, Driver: k.CgroupDriver, Owner: p.DataDir, Log: part("cgroups")},
 		Volumes:   volumes.Config{RootDir: p.RootDir, RecursiveReadOnly: true, Allocatable: func() v1.ResourceList { return capacity }, Node: func() *v1.Node { return thisNode(p.NodeName) }, Log: part("volumes")},
-		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), Bindings: filepath.Join(p.DataDir, "claims.json"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
+		Manifests: manifests.Config{Dir: k.StaticPodPath, StateDir: filepath.Join(p.DataDir, "manifests"), Bindings: filepath.Join(p.DataDir, "claims.json"), Ledger: filepath.Join(p.DataDir, "manifests.json"), NodeName: p.NodeName, Rescan: k.FileCheckFrequency.Duration, Log: part("manifests")},
 		Events:    events.Config{Path: filepath.Join(p.DataDir, "events"), Component: "podd", Host: p.NodeName, Log: part("events"), Tell: systemd.Journaled()},
 		Shutdown:  shutdown.Steps(k.ShutdownGracePeriod.Duration, k.ShutdownGracePeriodCriticalPods.Duration, k.ShutdownGracePeriodByPodPriority),
 		API: kubelet.APIConfig{

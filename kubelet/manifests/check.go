@@ -38,7 +38,7 @@ func Check(paths ...string) (files int, problems []Problem, err error) {
 				ref := obj.ref()
 				if _, taken := first[ref]; taken {
 					problems = append(problems, Problem{File: filepath.Join(s.cfg.Dir, name), Document: obj.doc, Line: obj.line, Field: "metadata.name",
-						Message: fmt.Sprintf("%s is already defined in %s, which counts", ref, where[ref]), Remedy: "give it another name or delete one"})
+						Object: ref.String(), Message: fmt.Sprintf("%s is already defined in %s, and one of the two only can be in force", ref, where[ref]), Remedy: "give it another name or delete one"})
 					continue
 				}
 				first[ref], where[ref] = obj, name

@@ -1,7 +1,6 @@
 package manifests
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -23,9 +22,11 @@ type delivery struct {
 	seen string
 }
 
-// ledger is who defines what, and what of it the sink has.
+// ledger is who defines what, which file has it in force, and what of it the
+// sink has.
 type ledger struct {
 	claims    map[ObjectRef][]claim
+	held      held
 	delivered map[ObjectRef]delivery
 	uids      map[types.UID]ObjectRef // of the pods delivered
 	waiting   map[ObjectRef]struct{}  // pods whose UID another one has
@@ -33,7 +34,7 @@ type ledger struct {
 
 func newLedger() ledger {
 	return ledger{
-		claims: map[ObjectRef][]claim{}, delivered: map[ObjectRef]delivery{},
+		claims: map[ObjectRef][]claim{}, held: held{have: map[ObjectRef]holding{}}, delivered: map[ObjectRef]delivery{},
 		uids: map[types.UID]ObjectRef{}, waiting: map[ObjectRef]struct{}{},
 	}
 }
@@ -70,14 +71,12 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 	for ref := range affected {
 		refs = append(refs, ref)
 	}
-	slices.SortFunc(refs, func(a, b ObjectRef) int {
-		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	})
+	slices.SortFunc(refs, ObjectRef.compare)
 	var podsCome, objectsCome []claim
 	var objectsGo []ObjectRef
 	for _, ref := range refs {
 		all := s.claims[ref]
-		slices.SortFunc(all, byPrecedence)
+		slices.SortFunc(all, s.held.precedence(ref))
 		s.reportConflicts(ref, all, now)
 		isPod := ref.Kind == "Pod"
 		switch {
@@ -103,6 +102,9 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 			s.log.Info("object removed", "object", ref.String())
 		}
 	}
+	for _, ref := range refs {
+		s.hold(ref)
+	}
 	// Has a UID become free that another pod waits for?
 	for ref := range s.waiting {
 		if all := s.claims[ref]; len(all) == 0 {
@@ -114,17 +116,21 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 	}
 }
 
-// byPrecedence orders the documents that define one object: the first one by the
-// name of its file counts. A file that is gone, but perhaps only renamed, yields.
-func byPrecedence(a, b claim) int {
-	goneA, goneB := !a.file.goneSince.IsZero(), !b.file.goneSince.IsZero()
-	if goneA != goneB {
-		if goneA {
-			return 1
+// release takes out of force what a file has in force that was deleted and is
+// written again. It keeps its place before others that define the same.
+func (s *Source) release(f *file, affected map[ObjectRef]struct{}) {
+	for i := range f.objects {
+		ref := f.objects[i].ref()
+		if s.held.have[ref].file != f.name {
+			continue
 		}
-		return -1
+		if ref.Kind == "Pod" {
+			s.removePod(ref)
+		} else {
+			s.objects.set(ref, nil)
+		}
 	}
-	return cmp.Compare(a.file.name, b.file.name)
+	s.claim(f, nil, affected)
 }
 
 func (s *Source) removePod(ref ObjectRef) {
@@ -152,7 +158,7 @@ func (s *Source) putPod(c claim, now time.Time) {
 		// Two pods in one directory of the node: never.
 		s.waiting[ref] = struct{}{}
 		s.setConflicts(ref, append(s.problems.ofObject(ref), Problem{
-			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.uid", Kept: had,
+			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.uid", Object: ref.String(), Kept: had,
 			Message: fmt.Sprintf("%s is the UID of %s too", d.uid, other), Remedy: "remove the field from one of the two",
 		}), now)
 		return
@@ -184,10 +190,10 @@ func (s *Source) putObject(c claim, now time.Time) {
 	if had && old.hash == new.hash {
 		return
 	}
-	if had {
+	if had && !s.takesOver(c) { // a document that is deleted may be written anew
 		if fieldName := immutableChange(old, *new); fieldName != "" {
 			path := s.path(c.file.name)
-			s.setConflicts(ref, append(s.problems.ofObject(ref), Problem{File: path, Document: new.doc, Line: new.line, Field: fieldName, Kept: true,
+			s.setConflicts(ref, append(s.problems.ofObject(ref), Problem{File: path, Document: new.doc, Line: new.line, Field: fieldName, Object: ref.String(), Kept: true,
 				Message: fmt.Sprintf("%s is immutable", ref), Remedy: "delete the document, then write it anew, or use another name"}), now)
 			return
 		}
@@ -198,14 +204,17 @@ func (s *Source) putObject(c claim, now time.Time) {
 
 // reportConflicts reports every document that loses against another one.
 func (s *Source) reportConflicts(ref ObjectRef, all []claim, now time.Time) {
+	if len(all) > 1 && !all[0].file.goneSince.IsZero() {
+		return // it is being renamed, exchanged or removed: told when it is over
+	}
 	var problems []Problem
 	for i, c := range all {
 		if i == 0 || !c.file.goneSince.IsZero() {
 			continue
 		}
 		problems = append(problems, Problem{
-			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.name",
-			Message: fmt.Sprintf("%s is already defined in %s", ref, s.path(all[0].file.name)),
+			File: s.path(c.file.name), Document: c.obj.doc, Line: c.obj.line, Field: "metadata.name", Object: ref.String(),
+			Message: fmt.Sprintf("%s is already defined in %s, which is in force", ref, s.path(all[0].file.name)),
 			Remedy:  "remove or rename one of the two",
 		})
 	}

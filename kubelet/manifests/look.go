@@ -65,6 +65,7 @@ func (s *Source) look(now time.Time) {
 			}
 		}
 	}
+	s.saveHeld()
 }
 
 // restore puts the last good version of a file in force that podd found broken
@@ -174,9 +175,7 @@ func (s *Source) take(o outcome, now time.Time, affected map[ObjectRef]struct{})
 	if f != nil && f.unlinked && !o.gone && !o.broken {
 		f.unlinked = false
 		if o.id != f.id { // or else the event is of the file before it
-			gone := map[ObjectRef]struct{}{}
-			s.claim(f, nil, gone)
-			s.settleClaims(gone, now)
+			s.release(f, affected)
 			delete(s.files, o.name)
 			s.log.Info("manifest removed and written again", "file", o.name)
 			f = nil

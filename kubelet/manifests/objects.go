@@ -1,6 +1,7 @@
 package manifests
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -23,6 +24,10 @@ type ObjectRef struct {
 }
 
 func (r ObjectRef) String() string { return r.Kind + " " + r.Namespace + "/" + r.Name }
+
+func (r ObjectRef) compare(o ObjectRef) int {
+	return cmp.Or(cmp.Compare(r.Kind, o.Kind), cmp.Compare(r.Namespace, o.Namespace), cmp.Compare(r.Name, o.Name))
+}
 
 var _ volumes.Objects = (*Source)(nil)
 

@@ -28,6 +28,9 @@ type Problem struct {
 	Message string
 	// Remedy says what to do about it.
 	Remedy string
+	// Object is what the document defines, such as "Pod default/web", where
+	// another file or version has it in force; else empty.
+	Object string
 	// Kept says that the last good version of the file stays in force.
 	Kept bool
 	// Since is when this state of the file was first seen.

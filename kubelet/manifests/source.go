@@ -56,6 +56,9 @@ type Config struct {
 	// Bindings is the file that keeps which claim has which PersistentVolume;
 	// "": they are found anew at each start.
 	Bindings string
+	// Ledger is the file that keeps which manifest has each object in force
+	// while several define it; "": the first one by name counts at each start.
+	Ledger string
 	// Recorder takes events about broken manifests; may be nil.
 	Recorder Recorder
 	// Log is slog.Default() if nil.
@@ -67,8 +70,10 @@ type Config struct {
 // A file is a unit: when any document in it is broken the last good version of
 // the whole file stays in force. Objects have an identity of their own: kind,
 // namespace and name. Where a document is written does not matter, so renaming
-// a file or moving a document to another file restarts nothing. When two files
-// hold the same object the first one by name counts and the other is a Problem.
+// a file or moving a document to another file restarts nothing. While several
+// files hold the same object the one in force stays and the others are Problems;
+// when its file goes one with the same content comes next, or else the first by
+// name. At the first start that is the first by name.
 type Source struct {
 	cfg     Config
 	sink    Sink
@@ -136,7 +141,7 @@ func New(cfg Config, sink Sink) *Source {
 	}
 	cfg.Dir = filepath.Clean(cfg.Dir)
 	cfg.NodeName = strings.ToLower(cfg.NodeName) // a node's name is one of DNS
-	return &Source{
+	s := &Source{
 		cfg:      cfg,
 		sink:     sink,
 		log:      cfg.Log.With("source", SourceName, "path", cfg.Dir),
@@ -149,11 +154,16 @@ func New(cfg Config, sink Sink) *Source {
 		ledger:   newLedger(),
 		agenda:   agenda{due: map[string]time.Time{}, writing: map[string]struct{}{}},
 	}
+	s.held.path = cfg.Ledger
+	return s
 }
 
 // Run reads the directory, tells the sink, and follows it until ctx ends; then
 // it returns nil. The pods stay with the sink.
 func (s *Source) Run(ctx context.Context) error {
+	if err := s.held.load(); err != nil {
+		s.log.Error("which manifests were in force is not known, of several for one object the first by name counts", "error", err)
+	}
 	var raw chan []inotifyEvent
 	w, err := newWatcher(s.cfg.Dir)
 	if err != nil {
@@ -183,6 +193,7 @@ func (s *Source) Run(ctx context.Context) error {
 		if s.scan(now) && !synced {
 			synced = true
 			s.kept.tidy(func(name string) bool { return s.files[name] != nil })
+			s.tidyHeld()
 			s.sink.Synced(SourceName)
 			s.log.Info("manifests read", "files", len(s.files), "pods", len(s.delivered))
 		}

@@ -153,7 +153,7 @@ func start(tb testing.TB, dir string) (*Source, *table, *recorder) {
 func startState(tb testing.TB, dir, state string) (*Source, *table, *recorder, func()) {
 	tb.Helper()
 	tab, rec := newTable(), &recorder{}
-	s := New(Config{Dir: dir, NodeName: "node1", Recorder: rec, Log: quiet(), Rescan: time.Hour, StateDir: state}, tab)
+	s := New(Config{Dir: dir, NodeName: "node1", Recorder: rec, Log: quiet(), Rescan: time.Hour, StateDir: state, Ledger: state + ".json"}, tab)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
@@ -452,27 +452,6 @@ func TestSingleFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	tab.wait(t, "file gone", func() bool { return len(tab.pods) == 0 })
-}
-
-func TestTwoFilesOneName(t *testing.T) {
-	dir := t.TempDir()
-	s, tab, _ := start(t, dir)
-	write(t, filepath.Join(dir, "b.yaml"), podYAML("web", "fromb"))
-	tab.wait(t, "first file", tab.has("set default/web-node1 fromb"))
-	write(t, filepath.Join(dir, "a.yaml"), podYAML("web", "froma"))
-	tab.wait(t, "first by name wins", tab.has("set default/web-node1 froma"))
-	tab.wait(t, "problem", func() bool { return len(s.Problems()) == 1 })
-	p := s.Problems()[0]
-	if p.File != filepath.Join(dir, "b.yaml") || !strings.Contains(p.Message, filepath.Join(dir, "a.yaml")) {
-		t.Errorf("problem does not name both files: %v", p)
-	}
-	if err := os.Remove(filepath.Join(dir, "a.yaml")); err != nil {
-		t.Fatal(err)
-	}
-	tab.wait(t, "the other takes over", func() bool { return strings.HasSuffix(tab.log[len(tab.log)-1], "fromb") && len(tab.log) > 3 })
-	if len(s.Problems()) != 0 || tab.count("remove") != 0 {
-		t.Errorf("problems %v, log %q", s.Problems(), tab.log)
-	}
 }
 
 func TestObjects(t *testing.T) {

@@ -190,10 +190,15 @@ func (x *explainer) summary(fine bool) string {
 	return text + "."
 }
 
-// manifest: a changed file that is not in force.
+// manifest: a changed file that is not in force, or another one that defines
+// the pod too, which does it no harm.
 func (x *explainer) manifest() {
 	for _, p := range x.Problems {
-		x.add(p.Finding())
+		f := p.Finding()
+		if p.Object != "" && !p.Kept {
+			f.Level = api.Notice
+		}
+		x.add(f)
 	}
 }
 

@@ -112,6 +112,22 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// A copy of the pod's manifest is told, and the pod is fine all the same.
+func TestCopyOfTheManifestIsANotice(t *testing.T) {
+	copied := api.Problem{File: "/m/web-copy.yaml", Line: 4, Field: "metadata.name", Object: "Pod default/web",
+		Message: "Pod default/web is already defined in /m/web.yaml, which is in force", Remedy: "remove or rename one of the two"}
+	pod := podWith(v1.ContainerStatus{Ready: true, State: v1.ContainerState{Running: &v1.ContainerStateRunning{StartedAt: before(time.Hour)}}})
+	d := Explain(&Evidence{Now: now, Pod: pod, Problems: []api.Problem{copied}})
+	text := d.Text("")
+	if !d.Fine || !strings.Contains(text, "/m/web-copy.yaml:4") || !strings.Contains(text, "/m/web.yaml, which is in force") {
+		t.Errorf("fine %v:\n%s", d.Fine, text)
+	}
+	copied.Kept = true // a change of the object in force is refused
+	if d := Explain(&Evidence{Now: now, Pod: pod, Problems: []api.Problem{copied}}); d.Fine {
+		t.Error("a refused change is no trouble")
+	}
+}
+
 func TestPortIn(t *testing.T) {
 	for line, want := range map[string]int32{
 		"12:00:01 listen tcp :8080: bind: address already in use":                 8080,

@@ -73,7 +73,8 @@ type Problem struct {
 	Field    string    `json:"field,omitempty"`
 	Message  string    `json:"message"`
 	Remedy   string    `json:"remedy,omitempty"`
-	Kept     bool      `json:"kept,omitempty"` // the last good version stays in force
+	Object   string    `json:"object,omitempty"` // "Pod default/web", where another file or version has it in force
+	Kept     bool      `json:"kept,omitempty"`   // the last good version stays in force
 	Since    time.Time `json:"since"`
 }
 

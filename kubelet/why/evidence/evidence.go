@@ -67,7 +67,7 @@ func (s *Source) Of(ctx context.Context, pod *v1.Pod) *why.Evidence {
 		e.Events = eventsOf(s.Events(pod.Namespace), pod)
 	}
 	if s.Problems != nil {
-		e.Problems = problemsOf(s.Problems(), e.Events)
+		e.Problems = problemsOf(s.Problems(), pod, e.Events)
 	}
 	if s.Waits != nil {
 		e.Waits = s.Waits(ctx, pod.Namespace, pod.Name)
@@ -177,10 +177,11 @@ func eventsOf(all []v1.Event, pod *v1.Pod) []v1.Event {
 	return out
 }
 
-// problemsOf the manifest of the pod: those that its events tell of.
-func problemsOf(all []api.Problem, events []v1.Event) (out []api.Problem) {
+// problemsOf the manifest of the pod: those that its events tell of, and
+// documents that define it and are not in force.
+func problemsOf(all []api.Problem, pod *v1.Pod, events []v1.Event) (out []api.Problem) {
 	for _, p := range all {
-		if slices.ContainsFunc(events, func(e v1.Event) bool {
+		if p.Object == "Pod "+pod.Namespace+"/"+pod.Name || slices.ContainsFunc(events, func(e v1.Event) bool {
 			return e.Reason == manifests.ReasonInvalid && strings.Contains(e.Message, p.File) && strings.Contains(e.Message, p.Message)
 		}) {
 			out = append(out, p)
