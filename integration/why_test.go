@@ -104,6 +104,7 @@ func failures(t *testing.T, n *node.Node) []failure {
 		{name: "stopped", want: []string{"stopped by a user", "podd start"}, manifest: pod("stopped", "", "pause")},
 		{name: "stubborn", want: []string{"is being removed", "which is killed at"}, manifest: strings.Replace(pod("stubborn", "", "stubborn"), "terminationGracePeriodSeconds: 1", "terminationGracePeriodSeconds: 600", 1)},
 		{name: "tiny", want: []string{"(1Mi) is too small"}, manifest: with(pod("tiny", "", "pause"), "resources: {limits: {memory: 1Mi}}")},
+		{name: "fraction", want: []string{"memory limit (128m) is too small even to start a process: it is a fraction of a byte", "write Mi for mebibytes"}, manifest: with(pod("fraction", "", "pause"), "resources: {limits: {memory: 128m}}")},
 		{name: "invalid", want: []string{"manifest is not in force", "invalid.yaml:9", "imagee", "did you mean image"}, manifest: strings.Replace(pod("invalid", "", "pause"), "image:", "imagee:", 1)},
 		{name: "fine", want: []string{"runs and is ready"}, manifest: pod("fine", "", "pause")},
 	}
@@ -116,7 +117,7 @@ func TestWhySaysWhatIsWrong(t *testing.T) {
 	mirror(t, n, "testserver", "busybox")
 	list := failures(t, n)
 	if os.Getenv("PODD_TEST_ALL") == "" { // those that show at once
-		quick := []string{"crash", "once", "noimage", "nomap", "nosecretkey", "novolume", "nopath", "noprogram", "port1", "port2", "invalid", "stopped", "stubborn", "fine"}
+		quick := []string{"crash", "once", "noimage", "nomap", "nosecretkey", "novolume", "nopath", "noprogram", "port1", "port2", "fraction", "invalid", "stopped", "stubborn", "fine"}
 		list = slices.DeleteFunc(list, func(f failure) bool { return !slices.Contains(quick, f.name) })
 	}
 	n.Start()

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 
+	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/systemd"
 )
 
@@ -137,7 +138,7 @@ func (a *agent) tellStatus(ctx context.Context) error {
 		if p := a.health.ill.Load(); p != nil {
 			ill = *p
 		}
-		if text := statusLine(a.table.Pods(), len(a.source.Problems()), ill); text != last {
+		if text := statusLine(a.table.Pods(), manifests.NotInForce(a.source.Problems()), ill); text != last {
 			systemd.Status(a.log, text)
 			last = text
 		}

@@ -422,6 +422,11 @@ func TestCheck(t *testing.T) {
 	good, bad := filepath.Join(d.dir, "good.yaml"), filepath.Join(d.dir, "bad.yaml")
 	os.WriteFile(good, []byte("apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: c\n    image: x\n"), 0o600)
 	os.WriteFile(bad, []byte("apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: c\n    imag: x\n"), 0o600)
+	odd := filepath.Join(t.TempDir(), "odd.yaml")
+	os.WriteFile(odd, []byte("apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: c\n    image: x\n    resources: {limits: {memory: 128m}}\n"), 0o600)
+	if got := d.ok(t, "check", odd); !strings.Contains(got, `warning: `+odd) || !strings.Contains(got, `fractional byte value "128m"`) || strings.Contains(got, "no problems") {
+		t.Errorf("check of a warning: %q", got)
+	}
 	if got := d.ok(t, "check", good); got != "1 files, no problems\n" {
 		t.Errorf("good: %q", got)
 	}

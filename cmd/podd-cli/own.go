@@ -580,6 +580,9 @@ func printDisk(w io.Writer, d *api.Disk) {
 // problemLine is file:line: document n: field: message (remedy).
 func problemLine(p api.Problem) string {
 	line := manifests.Problem(p).Error()
+	if p.Warning {
+		line = "warning: " + line
+	}
 	if p.Kept {
 		line += "; the last good version stays in force"
 	}
@@ -634,7 +637,10 @@ func newCheck(streams genericiooptions.IOStreams) *cobra.Command {
 		Use:   "check FILE...",
 		Short: "Check manifests without a daemon",
 		Long: `Check manifests as the daemon would read them and print every problem with its
-file, line, document and field. Directories are checked file by file.`,
+file, line, document and field. Directories are checked file by file.
+
+A warning is about a manifest that is taken all the same; warnings alone do not
+make the command fail.`,
 		Example: "  podd check /etc/kubernetes/manifests",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -643,12 +649,20 @@ file, line, document and field. Directories are checked file by file.`,
 				return err
 			}
 			for _, p := range found {
-				fmt.Fprintln(streams.Out, p.Error())
+				fmt.Fprintln(streams.Out, problemLine(api.Problem(p)))
 			}
-			if len(found) > 0 {
-				return fmt.Errorf("%d problems in %d files", len(found), files)
+			wrong := manifests.NotInForce(found)
+			warnings := ""
+			if n := len(found) - wrong; n > 0 {
+				warnings = fmt.Sprintf(", warnings: %d", n)
 			}
-			fmt.Fprintf(streams.Out, "%d files, no problems\n", files)
+			if wrong > 0 {
+				return fmt.Errorf("%d problems in %d files%s", wrong, files, warnings)
+			}
+			if warnings == "" {
+				warnings = ", no problems"
+			}
+			fmt.Fprintf(streams.Out, "%d files%s\n", files, warnings)
 			return nil
 		},
 	}

@@ -11,8 +11,8 @@ import (
 )
 
 // Check reads files and directories as a Source would and returns what is
-// wrong with them, and how many manifests it looked at. The error says that a
-// path cannot be read at all.
+// wrong with them and their warnings, and how many manifests it looked at. The
+// error says that a path cannot be read at all.
 func Check(paths ...string) (files int, problems []Problem, err error) {
 	host, err := os.Hostname()
 	if err != nil {
@@ -40,6 +40,10 @@ func Check(paths ...string) (files int, problems []Problem, err error) {
 					problems = append(problems, Problem{File: filepath.Join(s.cfg.Dir, name), Document: obj.doc, Line: obj.line, Field: "metadata.name",
 						Object: ref.String(), Message: fmt.Sprintf("%s is already defined in %s, and one of the two only can be in force", ref, where[ref]), Remedy: "give it another name or delete one"})
 					continue
+				}
+				for _, w := range obj.warnings {
+					w.File, w.Document, w.Object = filepath.Join(s.cfg.Dir, name), obj.doc, ref.String()
+					problems = append(problems, w.Problem)
 				}
 				first[ref], where[ref] = obj, name
 			}

@@ -32,8 +32,8 @@ type object struct {
 	volume    *v1.PersistentVolume
 	claim     *v1.PersistentVolumeClaim
 
-	// warnings are about fields of the pod that have no effect.
-	warnings []Problem
+	// warnings are about fields that do not keep it from being in force.
+	warnings []warning
 
 	// hash identifies the content as written: comments, key order and layout
 	// of the YAML do not count.
@@ -161,17 +161,11 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (ob
 				return nil, probs, false
 			}
 			hash := contentHash(d.nodeName, raw)
-			pod, probs := d.finishPod(doc, at, pod, hash)
+			pod, warned, probs := d.finishPod(doc, at, pod, hash)
 			if probs != nil {
 				return nil, probs, false
 			}
-			warnings := unhonoured(pod)
-			for i := range warnings {
-				w := &warnings[i]
-				w.Field = document.Join(at, w.Field)
-				w.Line = doc.Locate(w.Field)
-			}
-			return []object{{pod: pod, hash: hash, warnings: warnings}}, nil, false
+			return []object{{pod: pod, hash: hash, warnings: warningsOf(doc, at, pod, warned)}}, nil, false
 		case "ConfigMap":
 			m := &v1.ConfigMap{}
 			if probs := strict(doc, raw, at, m); probs != nil {
@@ -294,7 +288,7 @@ func (d *decoder) finishVolume(doc document.Document, at string, v *v1.Persisten
 		return nil, probs, false
 	}
 	v.ResourceVersion, v.UID = hash, uidOf(v.UID, hash)
-	return []object{{volume: v, hash: hash}}, nil, false
+	return []object{{volume: v, hash: hash, warnings: volumeWarnings(doc, at, &internal)}}, nil, false
 }
 
 func (d *decoder) finishClaim(doc document.Document, at string, c *v1.PersistentVolumeClaim, hash string) ([]object, []Problem, bool) {
@@ -311,7 +305,7 @@ func (d *decoder) finishClaim(doc document.Document, at string, c *v1.Persistent
 		return nil, probs, false
 	}
 	c.ResourceVersion, c.UID = hash, uidOf(c.UID, hash)
-	return []object{{claim: c, hash: hash}}, nil, false
+	return []object{{claim: c, hash: hash, warnings: claimWarnings(doc, at, &internal)}}, nil, false
 }
 
 // invalid turns upstream's validation errors into problems.

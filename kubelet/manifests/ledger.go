@@ -5,7 +5,6 @@ import (
 	"slices"
 	"time"
 
-	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -104,6 +103,7 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 	}
 	for _, ref := range refs {
 		s.hold(ref)
+		s.warn(ref, now)
 	}
 	// Has a UID become free that another pod waits for?
 	for ref := range s.waiting {
@@ -112,6 +112,7 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 		} else if s.uids[all[0].obj.pod.UID] == (ObjectRef{}) {
 			s.setConflicts(ref, nil, now)
 			s.putPod(all[0], now)
+			s.warn(ref, now)
 		}
 	}
 }
@@ -173,13 +174,6 @@ func (s *Source) putPod(c claim, now time.Time) {
 	pod.Annotations[ConfigSeenAnnotation] = d.seen
 	s.log.Info("pod read", "file", c.file.name, "document", c.obj.doc, "namespace", ref.Namespace, "pod", ref.Name, "uid", d.uid, "replaces", old.uid)
 	s.sink.SetPod(SourceName, pod)
-	for _, w := range c.obj.warnings {
-		w.File, w.Document = s.path(c.file.name), c.obj.doc
-		s.log.Warn("field without effect", "file", w.File, "document", w.Document, "line", w.Line, "field", w.Field, "problem", w.Message)
-		if s.cfg.Recorder != nil {
-			s.cfg.Recorder.Eventf(podRef(pod), v1.EventTypeWarning, ReasonUnsupported, "%s", w.Error())
-		}
-	}
 }
 
 // putObject puts a ConfigMap or Secret in force.

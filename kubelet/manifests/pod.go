@@ -53,19 +53,21 @@ var uidName = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9._-]{0,127})?$`)
 //
 // The UID is a hash of node name and content, not of the file's path: a rename
 // restarts nothing, a change of content replaces the pod.
-func (d *decoder) finishPod(doc document.Document, at string, pod *v1.Pod, hash string) (*v1.Pod, []Problem) {
+//
+// warned is what an apiserver would warn of.
+func (d *decoder) finishPod(doc document.Document, at string, pod *v1.Pod, hash string) (_ *v1.Pod, warned []string, _ []Problem) {
 	if pod.Name == "" {
-		return nil, []Problem{{Line: doc.Locate(document.Join(at, "metadata.name")), Field: document.Join(at, "metadata.name"),
+		return nil, nil, []Problem{{Line: doc.Locate(document.Join(at, "metadata.name")), Field: document.Join(at, "metadata.name"),
 			Message: "is missing", Remedy: "static pods need a name; generateName is not used"}}
 	}
 	if !uidName.MatchString(string(pod.UID)) {
-		return nil, []Problem{{Line: doc.Locate(document.Join(at, "metadata.uid")), Field: document.Join(at, "metadata.uid"),
+		return nil, nil, []Problem{{Line: doc.Locate(document.Join(at, "metadata.uid")), Field: document.Join(at, "metadata.uid"),
 			Message: fmt.Sprintf("%q is no UID", pod.UID), Remedy: "remove the field, or use letters, digits and dashes"}}
 	}
 	corev1.SetObjectDefaults_Pod(pod)
 	var internal core.Pod
 	if err := corev1.Convert_v1_Pod_To_core_Pod(pod, &internal, nil); err != nil {
-		return nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}
+		return nil, nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}
 	}
 
 	internal.UID = uidOf(internal.UID, hash)
@@ -95,7 +97,7 @@ func (d *decoder) finishPod(doc document.Document, at string, pod *v1.Pod, hash 
 
 	if os := internal.Spec.OS; os != nil && os.Name != core.Linux {
 		f := document.Join(at, "spec.os.name")
-		return nil, []Problem{{Line: doc.Locate(f), Field: f, Message: fmt.Sprintf("%s: this node runs linux", os.Name), Remedy: "run the pod elsewhere"}}
+		return nil, nil, []Problem{{Line: doc.Locate(f), Field: f, Message: fmt.Sprintf("%s: this node runs linux", os.Name), Remedy: "run the pod elsewhere"}}
 	}
 
 	// Whoever writes this directory is root of the node already: privileged
@@ -104,18 +106,19 @@ func (d *decoder) finishPod(doc document.Document, at string, pod *v1.Pod, hash 
 	capabilities.Setup(true, 0)
 	opts := podutil.GetValidationOptionsFromPodSpecAndMeta(&internal.Spec, nil, &internal.ObjectMeta, nil)
 	if probs := invalid(doc, at, validation.ValidatePodCreate(&internal, opts)); probs != nil {
-		return nil, probs
+		return nil, nil, probs
 	}
 	if probs := d.references(doc, at, &internal); probs != nil {
-		return nil, probs
+		return nil, nil, probs
 	}
 
+	warned = podWarnings(&internal)
 	out := &v1.Pod{}
 	if err := corev1.Convert_core_Pod_To_v1_Pod(&internal, out, nil); err != nil {
-		return nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}
+		return nil, nil, []Problem{{Line: doc.Line, Field: at, Message: err.Error()}}
 	}
 	out.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
-	return out, nil
+	return out, warned, nil
 }
 
 // references finds what a static pod may not refer to because only an apiserver

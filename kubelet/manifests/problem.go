@@ -12,7 +12,8 @@ import (
 	v1 "k8s.io/api/core/v1"
 )
 
-// Problem is one reason why a manifest file, or a part of it, is not in force.
+// Problem is one reason why a manifest file, or a part of it, is not in force, or
+// what is questionable about one that is.
 type Problem struct {
 	// File is the path of the manifest as the directory names it.
 	File string
@@ -28,11 +29,13 @@ type Problem struct {
 	Message string
 	// Remedy says what to do about it.
 	Remedy string
-	// Object is what the document defines, such as "Pod default/web", where
-	// another file or version has it in force; else empty.
+	// Object is what the document defines, such as "Pod default/web", where it
+	// or another file or version has it in force; else empty.
 	Object string
 	// Kept says that the last good version of the file stays in force.
 	Kept bool
+	// Warning says that the document is in force all the same.
+	Warning bool
 	// Since is when this state of the file was first seen.
 	Since time.Time
 }
@@ -74,13 +77,14 @@ func sameProblems(a, b []Problem) bool {
 
 // problems are what is wrong now.
 type problems struct {
-	mu      sync.Mutex
-	files   map[string][]Problem    // by name: of the file itself
-	objects map[ObjectRef][]Problem // documents that lose against others
+	mu       sync.Mutex
+	files    map[string][]Problem    // by name: of the file itself
+	objects  map[ObjectRef][]Problem // documents that lose against others
+	warnings map[ObjectRef][]Problem // of documents in force
 }
 
 func newProblems() problems {
-	return problems{files: map[string][]Problem{}, objects: map[ObjectRef][]Problem{}}
+	return problems{files: map[string][]Problem{}, objects: map[ObjectRef][]Problem{}, warnings: map[ObjectRef][]Problem{}}
 }
 
 func (p *problems) ofObject(ref ObjectRef) []Problem {
@@ -108,7 +112,8 @@ func put[K comparable](p *problems, m map[K][]Problem, key K, found []Problem, n
 	return true
 }
 
-// Problems returns what is wrong now, sorted by file and document.
+// Problems returns what is wrong now, and the warnings, sorted by file and
+// document.
 func (s *Source) Problems() []Problem {
 	s.problems.mu.Lock()
 	defer s.problems.mu.Unlock()
@@ -117,6 +122,9 @@ func (s *Source) Problems() []Problem {
 		all = append(all, p...)
 	}
 	for _, p := range s.problems.objects {
+		all = append(all, p...)
+	}
+	for _, p := range s.problems.warnings {
 		all = append(all, p...)
 	}
 	slices.SortStableFunc(all, func(a, b Problem) int {

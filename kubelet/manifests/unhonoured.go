@@ -12,10 +12,10 @@ const ReasonUnsupported = "UnsupportedField"
 // unhonoured lists the fields of a pod that are set and that podd does not act
 // on. The pod runs without them; nobody shall have to find that out alone.
 // Whoever makes podd act on one takes it out here and in docs/support.md.
-func unhonoured(pod *v1.Pod) (found []Problem) {
+func unhonoured(pod *v1.Pod) (found []warning) {
 	say := func(set bool, path *field.Path, why string) {
 		if set {
-			found = append(found, Problem{Field: path.String(), Message: "has no effect: " + why})
+			found = append(found, warning{Problem{Field: path.String(), Message: "has no effect: " + why}, ReasonUnsupported})
 		}
 	}
 	const scheduling = "no scheduler chooses a node for a static pod"

@@ -19,6 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podd-runtime/podd/cri/images"
+	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 )
 
@@ -143,7 +144,7 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 		out.Pulls = append(out.Pulls, progress(p))
 	}
 	if s.cfg.Problems != nil {
-		out.Problems = len(s.cfg.Problems())
+		out.Problems = manifests.NotInForce(s.cfg.Problems())
 	}
 	if s.cfg.Disk != nil {
 		out.Disk = s.cfg.Disk(r.Context())

@@ -66,6 +66,9 @@ func (s *Server) manifestProblems(name string) (out []api.Diagnosis) {
 	}
 	var others []api.Diagnosis
 	for _, p := range problems(s.cfg.Problems()) {
+		if p.Warning { // told with its pod, where something is wrong
+			continue
+		}
 		d := api.Diagnosis{Name: p.File, Findings: []api.Finding{p.Finding()}}
 		d.Summary = d.Findings[0].Message
 		if name == "" || strings.Contains(p.File[strings.LastIndex(p.File, "/")+1:], name) || strings.Contains(p.Message, name) {

@@ -6,7 +6,9 @@ import (
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 
+	"github.com/podd-runtime/podd/kubelet/limits"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 )
 
@@ -103,7 +105,7 @@ var clues = []clue{
 	{"NoSpace", []string{"no space left on device", "enospc", "disk quota exceeded"}, func(x *explainer, c *v1.Container, line string) (string, string) {
 		for _, v := range x.Pod.Spec.Volumes {
 			if e := v.EmptyDir; e != nil && e.SizeLimit != nil && mounts(c, v.Name) {
-				return fmt.Sprintf("It found no space left; its volume %s holds %s at most (emptyDir.sizeLimit)", v.Name, e.SizeLimit), "raise the sizeLimit, or let it write less"
+				return fmt.Sprintf("It found no space left; its volume %s holds %s at most (emptyDir.sizeLimit)", v.Name, e.SizeLimit), raise(e.SizeLimit)
 			}
 		}
 		for _, d := range x.Disks {
@@ -165,6 +167,14 @@ func (x *explainer) clueIn(c *v1.Container) (reason, message, remedy string) {
 		}
 	}
 	return "", "", ""
+}
+
+// raise a size limit that is full, which is one in a fraction of a byte at once.
+func raise(limit *resource.Quantity) string {
+	if limits.Fraction(*limit) {
+		return "correct the sizeLimit: m stands for thousandths, Mi for mebibytes"
+	}
+	return "raise the sizeLimit, or let it write less"
 }
 
 // failed explains the last end of a container; again says that it is started

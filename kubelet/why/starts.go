@@ -11,6 +11,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
+	"github.com/podd-runtime/podd/kubelet/limits"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 )
 
@@ -33,6 +34,11 @@ func (x *explainer) startError(c *v1.Container, text string) (reason, cause, rem
 	}
 	has := func(words ...string) bool {
 		return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(low, w) })
+	}
+	if noMemory(low) {
+		if f, found := limits.Memory(x.Pod, c.Name); found {
+			return tooSmall(f)
+		}
 	}
 	switch {
 	case missingKey.MatchString(text):
@@ -60,7 +66,7 @@ func (x *explainer) startError(c *v1.Container, text string) (reason, cause, rem
 	case has("is a directory") && has("exec:"):
 		return "NotExecutable", fmt.Sprintf("its program %s is a directory", name), "check command and args"
 	case has("memory limit too low", "container init was oom-killed"):
-		return "LimitTooSmall", "its memory limit" + ofLimit(c) + " is too small even to start a process", "raise resources.limits.memory: some 6Mi are needed before the program runs at all"
+		return "LimitTooSmall", "its memory limit" + ofLimit(c) + " is too small even to start a process", "raise resources.limits.memory: " + limits.NeedMemory
 	case has("no space left on device"):
 		return "NoSpace", "there is no space left: " + text, "make room on the file systems of podd's data and run directories: df -h, df -i"
 	case has("chdir to cwd", "mkdir", "working directory") && has("cwd", "chdir"):
@@ -79,6 +85,26 @@ func (x *explainer) startError(c *v1.Container, text string) (reason, cause, rem
 		return "SubPath", "its subPath cannot be mounted: " + text, "check subPath of its volumeMounts: it must not leave the volume"
 	}
 	return "StartError", text, remedyOf(text)
+}
+
+// noMemory says that a start ended as those do that get no memory: refused by
+// the kernel, or killed before the program began.
+func noMemory(low string) bool {
+	return strings.Contains(low, "cannot allocate memory") || strings.Contains(low, "memory limit too low") ||
+		strings.Contains(low, "oom-killed") || strings.Contains(low, "init has ended before it was started")
+}
+
+// tooSmall is a memory limit under which nothing starts.
+func tooSmall(f limits.Finding) (reason, cause, remedy string) {
+	whose := "its"
+	if f.Container == "" {
+		whose = "the pod's"
+	}
+	cause = fmt.Sprintf("%s memory limit (%s) is too small even to start a process", whose, f.Amount.String())
+	if limits.Fraction(f.Amount) {
+		cause += ": it is a fraction of a byte"
+	}
+	return "LimitTooSmall", cause, "correct " + f.Field + ": " + strings.TrimPrefix(f.Remedy, "raise it: ")
 }
 
 func ofLimit(c *v1.Container) string {
@@ -134,6 +160,14 @@ func (x *explainer) sandbox() {
 	text := plain(strings.TrimPrefix(strings.TrimPrefix(message(e), "Failed to create pod sandbox: "), "rpc error: "))
 	low := strings.ToLower(text)
 	f := api.Finding{Level: api.Failed, Reason: "Sandbox", Subject: "pod", Since: when(e.FirstTimestamp)}
+	if tiny, found := limits.Memory(x.Pod, ""); found && noMemory(low) {
+		var cause string
+		f.Reason, cause, f.Remedy = tooSmall(tiny)
+		f.Message = sentence("The pod cannot start: " + cause)
+		f.Message += x.again(&f, x.Waits.Sandbox)
+		x.add(f)
+		return
+	}
 	switch m := hostPortTaken.FindStringSubmatch(text); {
 	case m != nil:
 		f.Reason = "PortInUse"

@@ -11,6 +11,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
+	"github.com/podd-runtime/podd/kubelet/limits"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 )
 
@@ -151,6 +152,16 @@ func (x *explainer) pod() {
 	x.takenOver()
 	if trouble(x.found) {
 		x.disks()
+		x.warnings()
+	}
+}
+
+// warnings of the manifest may be what the trouble comes from.
+func (x *explainer) warnings() {
+	for _, p := range x.Problems {
+		if p.Warning {
+			x.add(p.Finding())
+		}
 	}
 }
 
@@ -194,6 +205,9 @@ func (x *explainer) summary(fine bool) string {
 // the pod too, which does it no harm.
 func (x *explainer) manifest() {
 	for _, p := range x.Problems {
+		if p.Warning {
+			continue
+		}
 		f := p.Finding()
 		if p.Object != "" && !p.Kept {
 			f.Level = api.Notice
@@ -217,6 +231,14 @@ func (x *explainer) ended() bool {
 		}
 		x.add(api.Finding{Level: api.Failed, Reason: s.Reason, Message: "The pod was ended because it ran longer than its activeDeadlineSeconds" + limit + ".",
 			Remedy: "raise spec.activeDeadlineSeconds, or see why its work takes so long; podd start " + x.Pod.Name + " runs it again"})
+		return true
+	case s.Phase == v1.PodFailed && s.Reason == "Evicted":
+		f := api.Finding{Level: api.Failed, Reason: s.Reason, Message: sentence("The pod was ended by the node: " + s.Reason + ": " + s.Message), Remedy: remedyOf(s.Message)}
+		if tiny, found := limits.Storage(x.Pod); found {
+			f.Message += " " + sentence("The field "+tiny.Field+": "+tiny.Message)
+			f.Remedy = tiny.Remedy
+		}
+		x.add(f)
 		return true
 	case s.Phase == v1.PodFailed && s.Reason != "":
 		x.add(api.Finding{Level: api.Failed, Reason: s.Reason, Message: sentence(fmt.Sprintf("The pod was ended or not admitted by the node: %s: %s", s.Reason, s.Message)), Remedy: remedyOf(s.Message)})

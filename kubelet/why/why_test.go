@@ -39,6 +39,13 @@ func ended(reason string, code int32) v1.ContainerStatus {
 	return v1.ContainerStatus{State: v1.ContainerState{Terminated: &v1.ContainerStateTerminated{Reason: reason, ExitCode: code, StartedAt: before(time.Minute), FinishedAt: before(30 * time.Second)}}}
 }
 
+// limited gives the container a limit.
+func limited(name v1.ResourceName, amount string) func(*v1.Pod) {
+	return func(p *v1.Pod) {
+		p.Spec.Containers[0].Resources.Limits = v1.ResourceList{name: resource.MustParse(amount)}
+	}
+}
+
 func noSandbox(p *v1.Pod) { p.Status.Conditions[0].Status = v1.ConditionFalse }
 
 func event(reason, message string) v1.Event {
@@ -90,6 +97,23 @@ func TestExplain(t *testing.T) {
 		{"evicted", Evidence{Pod: podWith(waiting("ContainerCreating", ""), func(p *v1.Pod) {
 			p.Status.Phase, p.Status.Reason, p.Status.Message = v1.PodFailed, "SysctlForbidden", "forbidden sysctl"
 		})}, "SysctlForbidden", []string{"forbidden sysctl"}},
+		{"fraction of a byte of memory", Evidence{Pod: podWith(waiting("ContainerCreating", ""), noSandbox, limited("memory", "128m")), Waits: Waits{Sandbox: now.Add(20 * time.Second)},
+			Events: []v1.Event{event("FailedCreatePodSandBox", `Failed to create pod sandbox: start pause: make cgroup "/x": mkdir /sys/fs/cgroup/memory/x: cannot allocate memory`)}},
+			"LimitTooSmall", []string{"memory limit (128m) is too small even to start a process: it is a fraction of a byte", "spec.containers[0].resources.limits[memory]", "Mi for mebibytes", "in 20 s"}},
+		{"no memory for the program that begins", Evidence{Pod: podWith(waiting("ContainerCreating", ""), noSandbox, limited("memory", "64Ki")),
+			Events: []v1.Event{event("FailedCreatePodSandBox", "Failed to create pod sandbox: start pause: fork/exec /proc/self/fd/9: cannot allocate memory")}},
+			"LimitTooSmall", []string{"(64Ki) is too small even to start a process", "some 4Mi are needed"}},
+		{"killed between create and start", Evidence{Pod: podWith(v1.ContainerStatus{State: v1.ContainerState{Terminated: &v1.ContainerStateTerminated{Reason: "StartError", ExitCode: 128,
+			Message: "start container 2b8: init has ended before it was started: failed precondition"}}}, limited("memory", "3Mi"))},
+			"LimitTooSmall", []string{"(3Mi) is too small"}},
+		{"no memory on the node", Evidence{Pod: podWith(waiting("ContainerCreating", ""), noSandbox, limited("memory", "128Mi")),
+			Events: []v1.Event{event("FailedCreatePodSandBox", "Failed to create pod sandbox: start pause: cannot allocate memory")}},
+			"Sandbox", []string{"cannot allocate memory"}},
+		{"fraction of a byte of storage", Evidence{Pod: podWith(ended("Error", 137), limited("ephemeral-storage", "500m"), func(p *v1.Pod) {
+			p.Status.Phase, p.Status.Reason, p.Status.Message = v1.PodFailed, "Evicted", "Pod ephemeral local storage usage exceeds the total limit of containers 500m. "
+		})}, "Evicted", []string{"exceeds the total limit of containers 500m", `spec.containers[0].resources.limits[ephemeral-storage]: fractional byte value "500m"`, "Mi for mebibytes"}},
+		{"warnings come last", Evidence{Pod: podWith(ended("Error", 1)), Problems: []api.Problem{{File: "/m/web.yaml", Line: 7, Field: "spec.x", Message: "is odd", Warning: true}}},
+			"Error", []string{"The manifest has a warning: /m/web.yaml:7, field spec.x: is odd."}},
 		{"unmounting", Evidence{Pod: podWith(ended("Completed", 0), func(p *v1.Pod) { at := before(0); p.DeletionTimestamp = &at }), Waits: Waits{Doing: []string{"unmount"}}},
 			"Terminating", []string{"its volumes to be unmounted"}},
 	} {

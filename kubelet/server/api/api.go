@@ -65,7 +65,8 @@ type Holder struct {
 	Bytes int64  `json:"bytes"`
 }
 
-// Problem is a manifest, or a part of one, that is not in force.
+// Problem is a manifest, or a part of one, that is not in force; or, with
+// Warning, what is questionable about one that is.
 type Problem struct {
 	File     string    `json:"file"`
 	Document int       `json:"document,omitempty"` // from 1; 0: the whole file
@@ -73,8 +74,9 @@ type Problem struct {
 	Field    string    `json:"field,omitempty"`
 	Message  string    `json:"message"`
 	Remedy   string    `json:"remedy,omitempty"`
-	Object   string    `json:"object,omitempty"` // "Pod default/web", where another file or version has it in force
-	Kept     bool      `json:"kept,omitempty"`   // the last good version stays in force
+	Object   string    `json:"object,omitempty"`  // "Pod default/web", where it or another file or version has it in force
+	Kept     bool      `json:"kept,omitempty"`    // the last good version stays in force
+	Warning  bool      `json:"warning,omitempty"` // it is in force all the same
 	Since    time.Time `json:"since"`
 }
 

@@ -90,6 +90,10 @@ func (p Problem) Finding() Finding {
 	if p.Field != "" {
 		where += ", field " + p.Field
 	}
+	if p.Warning {
+		return Finding{Level: Notice, Reason: "ManifestWarning", Subject: "manifest", Remedy: p.Remedy,
+			Message: fmt.Sprintf("The manifest has a warning: %s: %s.", where, strings.TrimRight(p.Message, "."))}
+	}
 	f := Finding{Level: Failed, Reason: "InvalidManifest", Subject: "manifest", Remedy: p.Remedy}
 	f.Message = fmt.Sprintf("The manifest is not in force: %s: %s.", where, strings.TrimRight(p.Message, "."))
 	if p.Kept {
