@@ -48,6 +48,15 @@ type decoder struct {
 	noObjects bool
 }
 
+const (
+	// maxProblems bounds how many problems of one file, and how many warnings of
+	// one document, are told: nobody reads more, and each is kept.
+	maxProblems = 100
+	// maxLists bounds how deep a List may lie in Lists: each is decoded with all
+	// that it holds.
+	maxLists = 8
+)
+
 // errSkipped marks a document that is well-formed but not for us; the other
 // documents of its file count.
 var errSkipped = errors.New("not a kind that podd reads from manifests")
@@ -57,8 +66,10 @@ var errSkipped = errors.New("not a kind that podd reads from manifests")
 // the objects of the other documents; fatal tells the two apart.
 func (d *decoder) decodeFile(file string, data []byte) (objects []object, problems []Problem, fatal bool) {
 	docs := document.Split(data)
+	empty := true
 	for i, doc := range docs {
-		found, probs, skipped := d.decodeDocument(doc)
+		found, probs, skipped, null := d.decodeDocument(doc)
+		empty = empty && null
 		for _, p := range probs {
 			p.File, p.Document = file, i+1
 			problems = append(problems, p)
@@ -71,7 +82,7 @@ func (d *decoder) decodeFile(file string, data []byte) (objects []object, proble
 			objects = append(objects, o)
 		}
 	}
-	if len(docs) == 0 {
+	if empty {
 		return nil, []Problem{{File: file, Message: "holds no object", Remedy: "write a Pod, ConfigMap, Secret, PersistentVolume or claim, or delete the file to stop what it started"}}, true
 	}
 	// The same object twice in one file is never meant.
@@ -88,10 +99,19 @@ func (d *decoder) decodeFile(file string, data []byte) (objects []object, proble
 		}
 		seen[k] = o
 	}
+	problems = atMost(problems, file)
 	if fatal {
 		return nil, problems, true
 	}
 	return objects, problems, false
+}
+
+// atMost so many problems as somebody may read.
+func atMost(problems []Problem, file string) []Problem {
+	if more := len(problems) - maxProblems; more > 0 {
+		problems = append(problems[:maxProblems:maxProblems], Problem{File: file, Message: fmt.Sprintf("and %d more", more)})
+	}
+	return problems
 }
 
 func (o *object) meta() *metav1.ObjectMeta {
@@ -125,21 +145,22 @@ func (o *object) kind() string {
 }
 
 // decodeDocument decodes one document. skipped says that its problems do not
-// concern the rest of the file.
-func (d *decoder) decodeDocument(doc document.Document) (objects []object, problems []Problem, skipped bool) {
+// concern the rest of the file, null that it holds nothing.
+func (d *decoder) decodeDocument(doc document.Document) (objects []object, problems []Problem, skipped, null bool) {
 	raw, found := doc.JSON()
 	if found != nil {
-		return nil, problemsOf(found), false
+		return nil, problemsOf(found), false, false
 	}
 	if string(raw) == "null" {
-		return nil, nil, false
+		return nil, nil, false, true
 	}
-	return d.decodeObject(doc, raw, "")
+	objects, problems, skipped = d.decodeObject(doc, raw, "", 0)
+	return objects, problems, skipped, false
 }
 
 // decodeObject decodes an object, or the items of a list; at is the path of the
-// object inside its document.
-func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (objects []object, problems []Problem, skipped bool) {
+// object inside its document, lists how many Lists it lies in.
+func (d *decoder) decodeObject(doc document.Document, raw []byte, at string, lists int) (objects []object, problems []Problem, skipped bool) {
 	fail := func(path, message, remedy string) ([]object, []Problem, bool) {
 		return nil, []Problem{{Line: doc.Locate(document.Join(at, path)), Field: document.Join(at, path), Message: message, Remedy: remedy}}, false
 	}
@@ -191,7 +212,10 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (ob
 			}
 			return d.finishClaim(doc, at, c, contentHash("", raw))
 		case "List", "PodList", "ConfigMapList", "SecretList", "PersistentVolumeList", "PersistentVolumeClaimList":
-			return d.decodeList(doc, raw, at, strings.TrimSuffix(head.Kind, "List"))
+			if lists == maxLists {
+				return fail("kind", fmt.Sprintf("lies in more than %d Lists", maxLists), "write its items one List up")
+			}
+			return d.decodeList(doc, raw, at, strings.TrimSuffix(head.Kind, "List"), lists+1)
 		}
 	}
 	_, probs, _ := fail("kind", fmt.Sprintf("%s %s is %s", head.APIVersion, head.Kind, errSkipped), "keep only v1 Pod, ConfigMap, Secret, PersistentVolume, PersistentVolumeClaim and List here")
@@ -200,7 +224,7 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string) (ob
 
 // decodeList decodes the items of a v1 List or of a list of one kind, whose
 // items need no kind of their own.
-func (d *decoder) decodeList(doc document.Document, raw []byte, at, kind string) (objects []object, problems []Problem, skipped bool) {
+func (d *decoder) decodeList(doc document.Document, raw []byte, at, kind string, lists int) (objects []object, problems []Problem, skipped bool) {
 	var list struct {
 		metav1.TypeMeta `json:",inline"`
 		Metadata        metav1.ListMeta        `json:"metadata"`
@@ -220,7 +244,7 @@ func (d *decoder) decodeList(doc document.Document, raw []byte, at, kind string)
 				body, _ = json.Marshal(m)
 			}
 		}
-		found, probs, skip := d.decodeObject(doc, body, path)
+		found, probs, skip := d.decodeObject(doc, body, path, lists)
 		objects = append(objects, found...)
 		problems = append(problems, probs...)
 		if len(probs) > 0 && !skip {

@@ -1,8 +1,10 @@
 package manifests
 
 import (
+	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestDecodeProblems(t *testing.T) {
@@ -37,6 +39,9 @@ func TestDecodeProblems(t *testing.T) {
 		"label with dots":       {"apiVersion: v1\nkind: Pod\nmetadata:\n  name: p\n  labels:\n    a.b/c: 'not valid!'\nspec: {containers: [{name: a, image: b}]}\n", 1, 5, "metadata.labels", "Invalid"},
 		"json":                  {`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"p"},` + "\n" + `"spec":{"containers":[{"name":"a","image":"b"}],"x":1}}`, 1, 2, "spec.x", "unknown"},
 		"empty":                 {"# nothing\n", 0, 0, "", "no object"},
+		"nulls only":            {"# nothing\n---\n~\n---\n&a\n", 0, 0, "", "no object"},
+		"anchors only":          {".c: &c\n  image: a\n", 1, 1, "kind", "missing"},
+		"anchor only":           {"&c {}\n", 1, 1, "kind", "missing"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := decoder{nodeName: "n"}
@@ -64,6 +69,7 @@ func TestDecodeGood(t *testing.T) {
 		"pod list":              {"apiVersion: v1\nkind: PodList\nitems:\n- metadata: {name: a}\n  spec: {containers: [{name: c, image: i}]}\n", 1},
 		"other kind is skipped": {"apiVersion: v1\nkind: Service\nmetadata: {name: s}\n---\n" + podYAML("a", "i"), 1},
 		"privileged container":  {"apiVersion: v1\nkind: Pod\nmetadata: {name: a}\nspec: {containers: [{name: c, image: i, securityContext: {privileged: true}}]}\n", 1},
+		"merged and overridden": {"apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  containers:\n  - &c\n    name: a\n    image: i\n    env: [{name: A, value: 'yes'}]\n  - <<: *c\n    name: b\n", 1},
 		"status is dropped":     {podYAML("a", "i") + "status: {phase: Running}\n", 1},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -135,5 +141,44 @@ func BenchmarkDecode(b *testing.B) {
 	y := []byte(podYAML("a", "i"))
 	for b.Loop() {
 		d.decodeFile("f.yaml", y)
+	}
+}
+
+// A file whose mistakes are many or deep costs no more than its size.
+func TestWorkForOneFileIsBounded(t *testing.T) {
+	deep := strings.Repeat(`{"apiVersion":"v1","kind":"List","items":[`, 2000) + strings.Repeat("]}", 2000)
+	var unknown, sizes, envs strings.Builder
+	for i := range 5_000 {
+		fmt.Fprintf(&unknown, "  unknown%d: 1\n", i)
+		fmt.Fprintf(&sizes, "    x%d: y\n", i)
+		fmt.Fprintf(&envs, "    - {name: A, value: x}\n")
+	}
+	pod := podYAML("p", "i")
+	for name, c := range map[string]struct {
+		text              string
+		problems, warning int
+	}{
+		"lists in lists":     {deep, 1, 0},
+		"unknown fields":     {pod + unknown.String(), maxProblems, 0},
+		"a quantity to find": {strings.Replace(pod, "  name: p\n", "  name: p\n  annotations:\n"+sizes.String(), 1) + "    resources: {limits: {cpu: lots}}\n", 1, 0},
+		"warnings":           {pod + "    env:\n" + envs.String(), 0, maxProblems},
+		"broken documents":   {strings.Repeat("---\nkind: Pod\n", 5_000), maxProblems + 1, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := decoder{nodeName: "n"}
+			began := time.Now()
+			objects, problems, _ := d.decodeFile("f.yaml", []byte(c.text))
+			if len(problems) < min(c.problems, 1) || len(problems) > c.problems {
+				t.Errorf("%d problems, want at most %d; the first: %v", len(problems), c.problems, problems[:min(len(problems), 1)])
+			}
+			if c.warning > 0 && (len(objects) != 1 || len(objects[0].warnings) != c.warning) {
+				t.Errorf("warnings are not bounded")
+			}
+			if took := time.Since(began); took > 20*time.Second {
+				t.Errorf("took %v", took)
+			} else {
+				t.Logf("%d bytes: %v", len(c.text), took)
+			}
+		})
 	}
 }

@@ -38,6 +38,7 @@ func warningsOf(doc document.Document, at string, pod *v1.Pod, upstream []string
 
 // place gives warnings the lines of their fields.
 func place(doc document.Document, at string, found []warning) []warning {
+	found = found[:min(len(found), maxProblems)]
 	for i := range found {
 		w := &found[i]
 		w.Warning = true

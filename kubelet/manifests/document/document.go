@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 
 	yamlv3 "go.yaml.in/yaml/v3"
 	sigsjson "sigs.k8s.io/json"
@@ -23,6 +24,14 @@ type Document struct {
 	Text []byte
 	// Line is the number of its first line in the file, from 1.
 	Line int
+
+	tree *tree // of a document that Split made
+}
+
+// tree is the document parsed to find lines in it, at the first question.
+type tree struct {
+	once sync.Once
+	root *yamlv3.Node
 }
 
 // Problem is one thing that is wrong with a document.
@@ -50,9 +59,14 @@ func (p Problem) Error() string {
 }
 
 // JSON turns a document into JSON with sorted keys. Keys that are given twice
-// are problems. An empty document is null.
+// are problems; one beside a merge key (<<) overrides the merged one. An empty
+// document is null.
 func (doc Document) JSON() ([]byte, []Problem) {
-	raw, err := yaml.YAMLToJSONStrict(doc.Text)
+	text, problems := doc.plain()
+	if problems != nil {
+		return nil, problems
+	}
+	raw, err := yaml.YAMLToJSONStrict(text)
 	if err != nil {
 		return nil, yamlProblems(doc, err)
 	}
@@ -72,7 +86,7 @@ func Split(data []byte) []Document {
 	start, startLine, line := 0, 1, 0
 	cut := func(end int) {
 		if text := data[start:end]; !blank(text) {
-			docs = append(docs, Document{Text: text, Line: startLine})
+			docs = append(docs, Document{Text: text, Line: startLine, tree: &tree{}})
 		}
 	}
 	for at := 0; at < len(data); {
@@ -104,6 +118,7 @@ func marker(line []byte, mark string) bool {
 func splitJSON(data []byte) ([]Document, bool) {
 	var docs []Document
 	dec := json.NewDecoder(bytes.NewReader(data))
+	line, counted := 1, int64(0)
 	for {
 		var raw json.RawMessage
 		before := dec.InputOffset()
@@ -115,7 +130,9 @@ func splitJSON(data []byte) ([]Document, bool) {
 			return nil, false
 		}
 		start := before + int64(bytes.Index(data[before:], raw[:1]))
-		docs = append(docs, Document{Text: raw, Line: 1 + bytes.Count(data[:start], []byte("\n"))})
+		line += bytes.Count(data[counted:start], []byte("\n"))
+		counted = start
+		docs = append(docs, Document{Text: raw, Line: line, tree: &tree{}})
 	}
 }
 
@@ -144,7 +161,7 @@ func yamlProblems(doc Document, err error) []Problem {
 		if strings.HasSuffix(l, "unmarshal errors:") || strings.HasSuffix(l, "converting YAML to JSON:") {
 			continue
 		}
-		p := Problem{Message: strings.TrimPrefix(l, "error converting YAML to JSON: "), Remedy: "correct the YAML"}
+		p := Problem{Line: doc.Line, Message: strings.TrimPrefix(l, "error converting YAML to JSON: "), Remedy: "correct the YAML"}
 		p.Message = strings.TrimPrefix(p.Message, "yaml: ")
 		if m := yamlLine.FindStringSubmatchIndex(p.Message); m != nil {
 			n, _ := strconv.Atoi(p.Message[m[2]:m[3]])
@@ -176,7 +193,7 @@ func Join(at, path string) string {
 // Locate returns the line in the file of the field with the given path; of the
 // nearest field around it when the field itself is missing.
 func (doc Document) Locate(path string) int {
-	node := parse(doc)
+	node := doc.root()
 	if node == nil {
 		return doc.Line
 	}
@@ -189,11 +206,10 @@ func (doc Document) Locate(path string) int {
 			// Keys may hold dots and brackets (labels, data): take the longest
 			// key of the mapping that the path goes on with.
 			best := -1
-			for i := 0; i+1 < len(node.Content); i += 2 {
-				key := node.Content[i].Value
-				for _, form := range []string{key, "[" + key + "]"} {
+			for _, p := range merged(node, nil) {
+				for _, form := range []string{p.key.Value, "[" + p.key.Value + "]"} {
 					if len(form) > best && strings.HasPrefix(rest, form) && boundary(rest[len(form):]) {
-						best, next, nextLine = len(form), node.Content[i+1], node.Content[i].Line
+						best, next, nextLine = len(form), p.value, p.key.Line
 					}
 				}
 			}
@@ -231,6 +247,14 @@ func (doc Document) at(line int) int {
 }
 
 func boundary(rest string) bool { return rest == "" || rest[0] == '.' || rest[0] == '[' }
+
+func (doc Document) root() *yamlv3.Node {
+	if doc.tree == nil {
+		return parse(doc)
+	}
+	doc.tree.once.Do(func() { doc.tree.root = parse(doc) })
+	return doc.tree.root
+}
 
 func parse(doc Document) *yamlv3.Node {
 	var root yamlv3.Node
@@ -404,8 +428,12 @@ func pathAt(raw []byte, offset int64) string {
 	}
 }
 
-// maxBlame bounds how many leaves are tried to find the one to blame.
-const maxBlame = 2000
+// maxBlame bounds how many leaves are tried to find the one to blame, and
+// maxBlameWork the bytes that are decoded for it: a second of work or so.
+const (
+	maxBlame     = 2000
+	maxBlameWork = 8 << 20
+)
 
 // blame finds the leaf that a decoding error without a place comes from (values
 // with their own decoders: quantities, times, int-or-string): the one without
@@ -434,7 +462,7 @@ func blame(raw []byte, into any, cause error) string {
 			}
 			return ""
 		}
-		if tried++; tried > maxBlame || v == nil {
+		if tried++; tried > maxBlame || tried*len(raw) > maxBlameWork || v == nil {
 			return ""
 		}
 		set(nil)
