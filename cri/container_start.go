@@ -15,7 +15,8 @@ import (
 
 // StartContainer runs the payload. A start that fails before the payload's
 // first instruction leaves the container exited with code 128 and the reason
-// StartError.
+// StartError. While podd-shim cannot be asked the answer is Unavailable and the
+// container stays created: whether it was started the shim's events will tell.
 func (s *Service) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
 	c, err := s.objects.container(r.GetContainerId())
 	if err != nil {
@@ -55,6 +56,12 @@ func (s *Service) startContainer(ctx context.Context, c *container) error {
 
 	p, err := s.launch(ctx, c, spec)
 	if err != nil {
+		if errdefs.IsUnavailable(err) || ctx.Err() != nil {
+			c.mu.Lock()
+			c.starting = false
+			c.mu.Unlock()
+			return err
+		}
 		s.markStartFailed(c, err)
 		// Whatever there is of it goes; its files wait for RemoveContainer.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)

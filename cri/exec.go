@@ -28,10 +28,16 @@ const (
 	// What it wrote itself is in the pipe by then; only a process it left
 	// behind can write more, and would hold the call for ever.
 	drainTime = time.Second
+	// beginTime bounds the wait for podd-shim to begin a process: twice what its
+	// client waits for one that is being restarted. It is no part of a timeout
+	// that the process has.
+	beginTime = 10 * time.Second
 )
 
 // ExecSync runs a command and returns its output and exit code. A timeout in
-// seconds kills it with all its descendants and answers DeadlineExceeded.
+// seconds, which begins with the process, kills it with all its descendants and
+// answers DeadlineExceeded. A process that could not be begun, or of whose end
+// podd-shim could not tell, is Unavailable: nothing is known of it then.
 func (s *Service) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	if r.GetTimeout() < 0 {
 		return nil, invalid("timeout %d: must not be negative", r.GetTimeout())
@@ -40,15 +46,14 @@ func (s *Service) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (
 	if err != nil {
 		return nil, err
 	}
-	if t := r.GetTimeout(); t > 0 && t < int64(time.Duration(1<<63-1)/time.Second) {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, time.Duration(t)*time.Second)
-		defer cancel()
+	var timeout time.Duration
+	if t := r.GetTimeout(); t < int64(time.Duration(1<<63-1)/time.Second) {
+		timeout = time.Duration(t) * time.Second
 	}
 	stdout, stderr := capped{max: maxExecOutput}, capped{max: maxExecOutput}
-	exit, err := s.runExec(ctx, spec, nil, &stdout, &stderr)
+	exit, err := s.runExec(ctx, spec, timeout, nil, &stdout, &stderr)
 	if err != nil {
-		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		if ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
 			return nil, fmt.Errorf("exec in container %s: timeout %ds exceeded: %w", c.id, r.GetTimeout(), context.DeadlineExceeded)
 		}
 		return nil, fmt.Errorf("exec in container %s: %w", c.id, err)
@@ -87,9 +92,25 @@ func withTerm(env []string) []string {
 	return append(append(make([]string, 0, len(env)+1), env...), "TERM=xterm")
 }
 
+// begin starts the process of an exec. When ctx or beginTime is over before it
+// has begun, that is not the process' doing and never its DeadlineExceeded.
+func (s *Service) begin(ctx context.Context, e *shim.ExecSpec) (shim.Session, error) {
+	start, cancel := context.WithTimeout(ctx, beginTime)
+	defer cancel()
+	session, err := s.procs.Exec(start, e)
+	switch {
+	case err == nil || start.Err() == nil:
+		return session, err
+	case errors.Is(ctx.Err(), context.Canceled):
+		return nil, fmt.Errorf("given up before it began: %w", context.Canceled)
+	}
+	return nil, fmt.Errorf("podd-shim did not begin it in time, see that it runs and is not stopped: %w", errdefs.ErrUnavailable)
+}
+
 // runExec runs a process without a terminal and copies its streams; nil
-// streams are /dev/null.
-func (s *Service) runExec(ctx context.Context, e *shim.ExecSpec, stdin io.Reader, stdout, stderr io.Writer) (*shim.Exit, error) {
+// streams are /dev/null. After timeout it is killed, and the error is
+// DeadlineExceeded; 0: never.
+func (s *Service) runExec(ctx context.Context, e *shim.ExecSpec, timeout time.Duration, stdin io.Reader, stdout, stderr io.Writer) (*shim.Exit, error) {
 	var p pipes
 	defer p.close()
 	var err error
@@ -108,12 +129,17 @@ func (s *Service) runExec(ctx context.Context, e *shim.ExecSpec, stdin io.Reader
 			return nil, err
 		}
 	}
-	session, err := s.procs.Exec(ctx, e)
+	session, err := s.begin(ctx, e)
 	if err != nil {
 		return nil, err
 	}
 	defer session.Close()
 	p.start()
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
 	exit, err := session.Wait(ctx)
 	if err != nil {
 		p.drain(0)
@@ -304,7 +330,7 @@ func (s *Service) ExecStream(ctx context.Context, id string, cmd []string, stdin
 	if tty {
 		exit, err = s.runTTY(ctx, spec, stdin, stdout, resize)
 	} else {
-		exit, err = s.runExec(ctx, spec, stdin, writer(stdout), writer(stderr))
+		exit, err = s.runExec(ctx, spec, 0, stdin, writer(stdout), writer(stderr))
 	}
 	if err != nil {
 		return fmt.Errorf("exec in container %s: %w", c.id, err)
@@ -326,7 +352,7 @@ func writer(w io.WriteCloser) io.Writer {
 // runTTY runs a process on a terminal of its own.
 func (s *Service) runTTY(ctx context.Context, e *shim.ExecSpec, stdin io.Reader, stdout io.Writer, resize <-chan remotecommand.TerminalSize) (*shim.Exit, error) {
 	e.Process.ConsoleSize = firstSize(ctx, resize)
-	session, err := s.procs.Exec(ctx, e)
+	session, err := s.begin(ctx, e)
 	if err != nil {
 		return nil, err
 	}

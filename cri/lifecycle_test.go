@@ -457,6 +457,55 @@ func TestExecSync(t *testing.T) {
 	}
 }
 
+// What could not be begun has not failed: its caller must be able to tell.
+func TestExecThatCouldNotBeBegunIsUnavailable(t *testing.T) {
+	f := newFixture(t)
+	id := f.running(t, f.pod(t, "web"), "app")
+	ask := func(ctx context.Context) error {
+		_, err := f.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: id, Cmd: []string{"x"}, Timeout: 1})
+		return err
+	}
+	f.shim.mu.Lock()
+	f.shim.block["Exec"] = make(chan struct{}) // a shim that is stopped
+	f.shim.mu.Unlock()
+	limited, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if err := ask(limited); !errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("shim stopped: %v", err)
+	}
+	gone, leave := context.WithCancel(ctx)
+	leave()
+	if err := ask(gone); !errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("caller gone: %v", err)
+	}
+	f.shim.mu.Lock()
+	delete(f.shim.block, "Exec")
+	f.shim.mu.Unlock()
+	f.shim.failing("Exec", fmt.Errorf("connect to podd-shim: %w", errdefs.ErrUnavailable))
+	if err := ask(ctx); !errdefs.IsUnavailable(err) {
+		t.Errorf("shim gone: %v", err)
+	}
+}
+
+func TestStartThatCouldNotBeAskedForLeavesTheContainerCreated(t *testing.T) {
+	for _, call := range []string{"Create", "Start"} {
+		f := newFixture(t)
+		id := f.create(t, f.pod(t, "web"), containerConfig("app"))
+		f.shim.failing(call, fmt.Errorf("podd-shim went away: %w", errdefs.ErrUnavailable))
+		if _, err := f.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id}); !errdefs.IsUnavailable(err) {
+			t.Errorf("%s: %v", call, err)
+		}
+		if s := f.status(t, id); s.State != runtimeapi.ContainerState_CONTAINER_CREATED {
+			t.Errorf("%s: %v", call, s)
+		}
+		f.shim.failing(call, nil)
+		if _, err := f.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id}); err != nil {
+			t.Errorf("%s, again: %v", call, err)
+		}
+		eventually(t, "it runs", func() bool { return f.status(t, id).State == runtimeapi.ContainerState_CONTAINER_RUNNING })
+	}
+}
+
 // slowClient takes nothing until it is told to.
 type slowClient struct {
 	got   bytes.Buffer

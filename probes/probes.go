@@ -57,8 +57,9 @@ type Result struct {
 	Output string
 }
 
-// Execer runs a command in a container. A timeout is ctx's DeadlineExceeded
-// or a gRPC status of that code; the process is dead then.
+// Execer runs a command in a container. DeadlineExceeded, also as a gRPC
+// status, says that the command ran for its whole timeout; it is dead then. One
+// that could not be begun, or whose end is not known, is any other error.
 type Execer interface {
 	Exec(ctx context.Context, id string, cmd []string, timeout time.Duration) (output []byte, exitCode int32, err error)
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 	v1 "k8s.io/api/core/v1"
@@ -226,6 +228,59 @@ func TestOutcomesAreToldInOrder(t *testing.T) {
 		time.Sleep(time.Minute)
 		k.want(t, "c Readiness true at 0s", "c Readiness false at 3.5s", "c Readiness true at 4.5s")
 	})
+}
+
+// A node that could not ask knows nothing: such probes change no one's state.
+func TestProbesThatCouldNotBeMadeAreUnknown(t *testing.T) {
+	for name, fn := range map[string]func(ctx context.Context, id, cmd string) (int32, error){
+		"the runtime is not there": func(context.Context, string, string) (int32, error) {
+			return 0, fmt.Errorf("connect: %w", errdefs.ErrUnavailable)
+		},
+		"the runtime does not answer": func(ctx context.Context, _, _ string) (int32, error) { <-ctx.Done(); return 0, ctx.Err() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, fn, func(t *testing.T, s *Scheduler, k *sink, x *fake) {
+				c := &v1.Container{LivenessProbe: execProbe("live", 1, 0, 1), ReadinessProbe: execProbe("ready", 1, 0, 1)}
+				s.Add(Target{ID: "c", Container: c, Started: time.Now(), Restored: &State{Started: true, Ready: true}})
+				time.Sleep(5 * time.Minute)
+				k.want(t)
+			})
+		})
+	}
+}
+
+func TestNetworkProbesThatTheNodeCouldNotMakeAreUnknown(t *testing.T) {
+	c := &v1.Container{}
+	handlers := map[string]v1.ProbeHandler{
+		"http": {HTTPGet: &v1.HTTPGetAction{Port: intstr.FromInt(80), Scheme: v1.URISchemeHTTP}},
+		"tcp":  {TCPSocket: &v1.TCPSocketAction{Port: intstr.FromInt(80)}},
+		"grpc": {GRPC: &v1.GRPCAction{Port: 80}},
+	}
+	for what, tc := range map[string]struct {
+		err error
+		own bool
+	}{
+		"no descriptor":          {os.NewSyscallError("socket", syscall.EMFILE), true},
+		"no buffer":              {os.NewSyscallError("socket", syscall.ENOBUFS), true},
+		"no local port":          {os.NewSyscallError("connect", syscall.EADDRNOTAVAIL), true},
+		"no route":               {os.NewSyscallError("connect", syscall.ENETUNREACH), true},
+		"a dead name server":     {&net.DNSError{Err: "server misbehaving", IsTemporary: true}, true},
+		"refused":                {os.NewSyscallError("connect", syscall.ECONNREFUSED), false},
+		"nobody has the address": {os.NewSyscallError("connect", syscall.EHOSTUNREACH), false},
+	} {
+		for kind, h := range handlers {
+			t.Run(kind+" "+what, func(t *testing.T) {
+				t.Parallel() // grpc tries for the whole timeout
+				p := probers{net: newNetwork(func(context.Context, string, string) (net.Conn, error) {
+					return nil, &net.OpError{Op: "dial", Net: "tcp", Err: tc.err}
+				})}
+				ok, out, err := p.run(t.Context(), &entry{t: &target{Target: Target{Container: c, PodIP: "127.0.0.1"}}, spec: &v1.Probe{ProbeHandler: h, TimeoutSeconds: 1}})
+				if ok || (err != nil) != tc.own {
+					t.Errorf("%v %q %v", ok, out, err)
+				}
+			})
+		}
+	}
 }
 
 // An overloaded node probes late and fails nothing.

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -13,15 +15,16 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/kubernetes/pkg/probe"
-	grpcprobe "k8s.io/kubernetes/pkg/probe/grpc"
 	httpprobe "k8s.io/kubernetes/pkg/probe/http"
-	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
 )
 
 const (
 	// retries of a probe that could not be made, as upstream has it.
 	retries = 3
+	// guard is what a runtime may take beyond a command's own timeout: 10 s to
+	// begin it, 5 s to kill it, and as much again for a node under load.
+	guard = 20 * time.Second
 	// maxOutput of an exec probe that is kept, in bytes.
 	maxOutput = 10 << 10
 	// warning marks the output of a probe that passed with one.
@@ -39,16 +42,14 @@ func outcome(ok bool, err error) string {
 	return "failed"
 }
 
-// probers are upstream's own, but for exec.
+// probers of the four kinds.
 type probers struct {
 	exec Execer
-	http httpprobe.Prober
-	tcp  tcpprobe.Prober
-	grpc grpcprobe.Prober
+	net  network
 }
 
 func newProbers(e Execer) probers {
-	return probers{exec: e, http: httpprobe.New(false), tcp: tcpprobe.New(), grpc: grpcprobe.New()}
+	return probers{exec: e, net: newNetwork(probe.ProbeDialer().DialContext)}
 }
 
 func (p *probers) run(ctx context.Context, e *entry) (ok bool, output string, err error) {
@@ -83,7 +84,7 @@ func (p *probers) once(ctx context.Context, e *entry) (probe.Result, string, err
 		if err != nil {
 			return probe.Unknown, "", err
 		}
-		return p.http.Probe(req, timeout)
+		return p.net.get(req, timeout)
 	case h.TCPSocket != nil:
 		port, err := probe.ResolveContainerPort(h.TCPSocket.Port, c)
 		if err != nil {
@@ -93,13 +94,13 @@ func (p *probers) once(ctx context.Context, e *entry) (probe.Result, string, err
 		if host == "" {
 			host = e.t.PodIP
 		}
-		return p.tcp.Probe(host, port, timeout)
+		return p.net.connect(net.JoinHostPort(host, strconv.Itoa(port)), timeout)
 	case h.GRPC != nil:
 		service := ""
 		if h.GRPC.Service != nil {
 			service = *h.GRPC.Service
 		}
-		return p.grpc.Probe(e.t.PodIP, service, int(h.GRPC.Port), timeout)
+		return p.net.health(net.JoinHostPort(e.t.PodIP, strconv.Itoa(int(h.GRPC.Port))), service, timeout)
 	}
 	return probe.Unknown, "", fmt.Errorf("%s probe of container %s names no handler: %w", e.kind, c.Name, errdefs.ErrInvalidArgument)
 }
@@ -127,14 +128,16 @@ func Request(action *v1.HTTPGetAction, c *v1.Container, ip, purpose string) (*ht
 // is a command that takes longer than its timeout.
 func (p *probers) command(ctx context.Context, id string, cmd []string, timeout time.Duration) (probe.Result, string, error) {
 	// The runtime enforces the timeout and kills; ours only guards against a
-	// runtime that does not answer.
-	ctx, cancel := context.WithTimeout(ctx, timeout+10*time.Second)
+	// runtime that does not answer, which says nothing of the container.
+	ctx, cancel := context.WithTimeout(ctx, timeout+guard)
 	defer cancel()
 	out, code, err := p.exec.Exec(ctx, id, cmd, timeout)
 	if len(out) > maxOutput {
 		out = out[:maxOutput]
 	}
 	switch {
+	case err != nil && ctx.Err() != nil:
+		return probe.Unknown, "", err
 	case err != nil && timedOut(err):
 		return probe.Failure, fmt.Sprintf("command timed out: %q timed out after %s", cmd, timeout), nil
 	case err != nil:

@@ -326,9 +326,11 @@ type session struct {
 	tty  *os.File
 
 	send sync.Mutex
-	done chan struct{} // closed when exit and err are set
+	done chan struct{} // closed when the fields below are set
 	exit *Exit
 	err  error
+	// killed: the shim has said that it kills the process because we hung up.
+	killed bool
 }
 
 func newSession(conn *wire.Conn, started *wire.Frame) (*session, error) {
@@ -368,6 +370,12 @@ func pollable(f *os.File) (*os.File, error) {
 func (s *session) receive() {
 	defer close(s.done)
 	frame, err := s.conn.Recv()
+	if err == nil && frame.Kind == wire.Failure && errors.Is(failure(frame), context.Canceled) {
+		// The process ran when we hung up and is being killed. The connection
+		// ends when it is gone.
+		s.killed = true
+		_, err = s.conn.Recv()
+	}
 	switch {
 	case err != nil && lost(err) || errors.Is(err, net.ErrClosed):
 		// The shim died; the process runs on or has ended, nobody can tell.
@@ -437,10 +445,13 @@ func (s *session) Wait(ctx context.Context) (*Exit, error) {
 			s.conn.Close()
 			<-s.done
 		}
-		if s.exit != nil {
+		switch {
+		case s.exit != nil:
 			return s.exit, nil
+		case s.killed:
+			return nil, ctx.Err()
 		}
-		return nil, ctx.Err()
+		return nil, fmt.Errorf("podd-shim does not say how it ended (%w): %w", s.err, errdefs.ErrUnavailable)
 	}
 }
 

@@ -154,7 +154,9 @@ type Session interface {
 	Resize(width, height uint16) error
 	Signal(signal int) error
 	// Wait returns how it ended; cancelling ctx kills an exec'd process with
-	// all its descendants in the same session.
+	// all its descendants in the same session. The error is ctx's own only when
+	// the shim has said that the process ran until then; of one whose end the
+	// shim could not tell it is ErrUnavailable.
 	Wait(ctx context.Context) (*Exit, error)
 	Close() error
 }

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -14,7 +16,6 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/kubernetes/pkg/probe"
 	httpprobe "k8s.io/kubernetes/pkg/probe/http"
-	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
 
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/probes"
@@ -136,12 +137,19 @@ func (h *hook) connect(ctx context.Context) error {
 	if left == 0 {
 		left = 30 * time.Second
 	}
-	r, out, err := tcpprobe.New().Probe(host, port, left)
-	if err == nil && r != probe.Success {
-		err = fmt.Errorf("TCP lifecycle hook for Container %q in Pod %q failed - error: %s", h.c.Name, spec.Desc(h.pod), out)
+	ctx, cancel := context.WithTimeout(ctx, left)
+	defer cancel()
+	conn, err := probe.ProbeDialer().DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	if err != nil {
+		return fmt.Errorf("TCP lifecycle hook for Container %q in Pod %q failed - error: %w", h.c.Name, spec.Desc(h.pod), err)
 	}
-	return err
+	return conn.Close()
 }
+
+// unheard says that a hook was not run as far as anybody can tell: podd-shim did
+// not begin its command or could not say how it ended, or the node had no way
+// to ask its server. That is no failure of the hook.
+func unheard(err error) bool { return errdefs.IsUnavailable(err) || probes.Unasked(err) }
 
 func (w *worker) hook(pod *v1.Pod, c *v1.Container, id, ip string, handler *v1.LifecycleHandler) *hook {
 	return &hook{
@@ -163,7 +171,8 @@ func firstIP(node *spec.Node, pod *v1.Pod, s *Sandbox) string {
 }
 
 // runPostStart runs the hook of a container that has started. It may take as
-// long as it likes; when it fails the container is ended.
+// long as it likes; when it fails the container is ended. One that could not be
+// run is tried again.
 func (w *worker) runPostStart(l *life, a Action) {
 	pod, c := l.d.Pod, spec.Container(l.d.Pod, a.Container)
 	h := w.hook(pod, c, a.ID, firstIP(&w.t.cfg.Node, pod, l.anySandbox()), c.Lifecycle.PostStart)
@@ -179,6 +188,10 @@ func (w *worker) runPostStart(l *life, a Action) {
 				}
 			}, nil
 		}
+		if unheard(err) {
+			w.log.Warn("postStart hook could not be run, trying again", "container", c.Name, "error", err)
+			return nil, err
+		}
 		w.log.Info("postStart hook failed", "container", c.Name, "error", err)
 		w.t.deps.Events.Eventf(spec.Ref(pod, c.Name), v1.EventTypeWarning, "FailedPostStartHook", "PostStartHook failed%s", hookExit(err))
 		return func() {
@@ -192,18 +205,29 @@ func (w *worker) runPostStart(l *life, a Action) {
 
 // runPreStop runs the hook, for which what is left of the grace period is waited
 // at most. However it ends, the signals come next, and with the container's end
-// that of a hook that still runs.
+// that of a hook that still runs. Only one that could not be run is tried again,
+// while there is time.
 func (w *worker) runPreStop(l *life, a Action) {
 	pod, c := l.d.Pod, spec.Container(l.d.Pod, a.Container)
 	h := w.hook(pod, c, a.ID, firstIP(&w.t.cfg.Node, pod, l.anySandbox()), c.Lifecycle.PreStop)
 	w.async(l, a, a.Grace+w.t.policy.MinGrace+w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
-		if err := h.run(ctx); err != nil {
+		err := h.run(ctx)
+		if err != nil && ctx.Err() == nil && unheard(err) {
+			w.log.Warn("preStop hook could not be run, trying again", "container", c.Name, "error", err)
+			return func() {
+				if k, ordered := l.o.Kills[a.ID]; ordered {
+					k.HookDone = false
+					l.o.Kills[a.ID] = k
+				}
+			}, err
+		}
+		if err != nil {
 			w.log.Info("preStop hook failed", "container", c.Name, "error", err)
 			w.t.deps.Events.Eventf(spec.Ref(pod, c.Name), v1.EventTypeWarning, "FailedPreStopHook", "PreStopHook failed%s", hookExit(err))
 		}
 		return nil, nil
 	})
-	// Also when it is given up: there is no second try.
+	// Also when it is given up: there is no second try of one that was begun.
 	k := l.o.Kills[a.ID]
 	k.HookDone = true
 	l.o.Kills[a.ID] = k

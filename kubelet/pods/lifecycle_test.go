@@ -3,6 +3,7 @@ package pods
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/containerd/errdefs"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/watch"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -450,6 +452,40 @@ func TestHooks(t *testing.T) {
 		after(100 * time.Millisecond)
 		if !n.events.has("FailedPostStartHook: PostStartHook failed: its command exited with 1") {
 			t.Errorf("events %v", n.events.all)
+		}
+	})
+}
+
+// A hook that podd-shim did not begin has not failed: it is run when it can be.
+func TestHooksThatCouldNotBeBegunAreTriedAgain(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		tries := map[string]int{}
+		n.rt.exec = func(ctx context.Context, id string, cmd []string) (int32, error) {
+			if tries[cmd[0]]++; tries[cmd[0]] <= 2 {
+				return 0, fmt.Errorf("connect to podd-shim: %w", errdefs.ErrUnavailable)
+			}
+			return 0, nil
+		}
+		hook := func(cmd string) *v1.LifecycleHandler {
+			return &v1.LifecycleHandler{Exec: &v1.ExecAction{Command: []string{cmd}}}
+		}
+		n.set(mkpod("web", "u1", func(p *v1.Pod) {
+			p.Spec.TerminationGracePeriodSeconds = new(int64(30))
+			p.Spec.Containers[0].Lifecycle = &v1.Lifecycle{PostStart: hook("post"), PreStop: hook("pre")}
+		}))
+		after(10 * time.Second)
+		if s := n.get("web").Status.ContainerStatuses[0]; !n.ready("web") || s.RestartCount != 0 {
+			t.Fatalf("after the third try: %+v", s)
+		}
+		n.table.RemovePod("file", "u1")
+		n.waitGone("web")
+		if tries["post"] != 3 || tries["pre"] != 3 {
+			t.Errorf("tries: %v", tries)
+		}
+		for _, e := range []string{"FailedPostStartHook", "FailedPreStopHook"} {
+			if n.events.has(e) {
+				t.Errorf("told: %s", e)
+			}
 		}
 	})
 }

@@ -55,6 +55,9 @@ func (s *Server) exec(conn *wire.Conn, frame *wire.Frame, leave func()) error {
 		return err
 	}
 	defer closeFiles(in, outs[0], outs[1])
+	if clientLeft(conn) {
+		return nil // while this shim was stopped: nobody wants it begun any more
+	}
 	if req.Process.Terminal && req.Streams != 0 {
 		return fmt.Errorf("a terminal replaces the standard streams: %w", errdefs.ErrInvalidArgument)
 	}
@@ -82,6 +85,22 @@ func (s *Server) exec(conn *wire.Conn, frame *wire.Frame, leave func()) error {
 	leave()
 	closeFiles(tty)
 	return e.serve(conn)
+}
+
+// clientLeft says that the peer has closed its connection.
+func clientLeft(conn *wire.Conn) bool {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	p := []unix.PollFd{{Events: unix.POLLRDHUP}}
+	if err := raw.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		_, err = unix.Poll(p, 0)
+	}); err != nil {
+		return true
+	}
+	return p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP) != 0
 }
 
 // serve stays with a running exec until its end or the client's.
@@ -114,8 +133,16 @@ func (e *execution) serve(conn *wire.Conn) error {
 	select {
 	case <-e.done:
 	case <-ctx.Done():
-		e.kill()
-		return nil
+		select {
+		case <-e.done: // by itself, at the same time
+		default:
+			// Said first, because to kill it may take long: without this word
+			// the client could not tell a process that was ended for its time
+			// from a shim that died.
+			_ = conn.Send(wire.Failure, wire.EncodeError(fmt.Errorf("killed when its client hung up: %w", context.Canceled)))
+			e.kill()
+			return nil
+		}
 	}
 	return conn.Send(wire.Exit, e.exit)
 }

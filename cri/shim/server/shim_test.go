@@ -538,3 +538,40 @@ func TestExec(t *testing.T) {
 		}
 	}
 }
+
+// TestExecIsTimedOutOnlyByAShimThatSaysSo: whoever waits for the end of a
+// process must not take a shim that is gone for a process that takes too long.
+func TestExecIsTimedOutOnlyByAShimThatSaysSo(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	spec := n.containerSpec(box, "sleep 1000")
+	adopt(n.run(spec).PID)
+	adopt(box.PID)
+	s, err := n.Exec(n.ctx(), &shim.ExecSpec{ContainerID: spec.ID, Process: &specs.Process{Args: []string{"/bin/sleep", "999"}, Cwd: "/", Env: []string{"PATH=/bin"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	adopt(s.PID())
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(info.PID, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(n.ctx())
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.Wait(ctx)
+		ended <- err
+	}()
+	cancel() // its time is over
+	if err := unix.Kill(info.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errdefs.IsUnavailable(err) || errors.Is(err, context.Canceled) {
+		t.Errorf("the shim died: %v", err)
+	}
+	n.restart()
+}
