@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/podd-runtime/podd/netns"
@@ -44,7 +45,10 @@ func (s *Service) PortForward(_ context.Context, r *runtimeapi.PortForwardReques
 }
 
 // PortForwardStream connects stream with a port on the pod's loopback, first
-// IPv4 then IPv6, and returns when both directions have ended or ctx has.
+// IPv4 then IPv6, and returns when both directions have ended or ctx has. An
+// error is of the port: nobody listens, or there is no pod. kubectl ends its
+// whole forward for one, so that how a single connection broke, at either end,
+// is none: its stream ends, and the others go on.
 func (s *Service) PortForwardStream(ctx context.Context, sandboxID string, port int32, stream io.ReadWriteCloser) error {
 	defer stream.Close()
 	sb, err := s.objects.sandbox(sandboxID)
@@ -62,11 +66,15 @@ func (s *Service) PortForwardStream(ctx context.Context, sandboxID string, port 
 		return fmt.Errorf("port-forward to port %d of sandbox %s: %w", port, sb.id, err)
 	}
 	defer conn.Close()
-	return forward(ctx, conn, stream)
+	if err := forward(ctx, conn, stream); err != nil {
+		s.log.Debug("a forwarded connection broke", "sandbox", sb.id, "port", port, "error", err)
+	}
+	return nil
 }
 
 // forward copies both ways. When the pod closes, the stream is done; when the
-// client does, the pod sees the end of the input and may still answer.
+// client does, the pod sees the end of the input and may still answer. A pod
+// that takes no more may have answered before: that is delivered, too.
 func forward(ctx context.Context, conn *net.TCPConn, stream io.ReadWriteCloser) error {
 	fromPod, fromClient := make(chan error, 1), make(chan error, 1)
 	answer := &lingering{TCPConn: conn}
@@ -83,7 +91,7 @@ func forward(ctx context.Context, conn *net.TCPConn, stream io.ReadWriteCloser) 
 	case err := <-fromPod:
 		return err
 	case err := <-fromClient:
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
 			return err
 		}
 	case <-ctx.Done():

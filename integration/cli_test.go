@@ -1,8 +1,10 @@
 package integration
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
 	"github.com/podd-runtime/podd/integration/node"
 )
@@ -181,6 +184,52 @@ func TestCopyAndPortForward(t *testing.T) {
 	node.Await(t, "the forwarded port answering", 10*second, func() bool {
 		return fetch(fmt.Sprintf("http://127.0.0.1:%d/hostname", port)) == node.PodName("web")
 	})
+}
+
+// TestOneBrokenConnectionEndsNoForward: PostgreSQL with TLS resets each of its
+// connections at the end.
+func TestOneBrokenConnectionEndsNoForward(t *testing.T) {
+	n := start(t)
+	// A refused connection ends kubectl's forward: not before the server listens.
+	n.Write("web.yaml", pod("web", "", "serve")+"    readinessProbe: {periodSeconds: 1, httpGet: {port: 8080, path: /healthz}}\n")
+	n.WaitPod("web", "ready", 60*second, podutil.IsPodReady)
+	port := freePort(t)
+	var log bytes.Buffer
+	cmd := exec.Command(filepath.Join(n.Bin, "podd"), "--run-dir", n.RunDir(), "port-forward", node.PodName("web"), fmt.Sprintf("%d:8080", port))
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	url := fmt.Sprintf("http://127.0.0.1:%d", port)
+	node.Await(t, "the forwarded port answering", 10*second, func() bool { return fetch(url+"/hostname") == node.PodName("web") })
+	for range 5 {
+		if fetch(url+"/reset") != "" {
+			t.Error("a reset connection brought something")
+		}
+		// The other end: a client that resets while the pod has more to say.
+		conn, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			break
+		}
+		fmt.Fprintf(conn, "GET /file?path=/testserver HTTP/1.1\r\nHost: web\r\n\r\n")
+		if _, err := conn.Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+		_ = conn.(*net.TCPConn).SetLinger(0)
+		conn.Close()
+		if got := fetch(url + "/hostname"); got != node.PodName("web") {
+			t.Errorf("the next connection: %q", got)
+		}
+	}
+	select {
+	case err := <-ended:
+		t.Errorf("the forward has ended: %v\n%s", err, log.String())
+	default:
+		cmd.Process.Kill()
+		<-ended
+	}
 }
 
 func TestLogsFollowUntilTheContainerEnds(t *testing.T) {

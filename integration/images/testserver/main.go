@@ -14,7 +14,7 @@
 //	testserver noted FILE TEXT       adds "TEXT begins", and at SIGTERM "TEXT ends"
 //
 // HTTP: /healthz, /env, /hostname, /pid, /file?path=, /get?url=, /exit?code=,
-// /write?path=&text=
+// /write?path=&text=, /reset (ends the connection by a reset)
 package main
 
 import (
@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -231,6 +232,12 @@ func serve(addr string) error {
 			os.Exit(code)
 		}()
 		return "exiting", nil
+	})
+	m.HandleFunc("/reset", func(w http.ResponseWriter, _ *http.Request) {
+		if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+			_ = conn.(*net.TCPConn).SetLinger(0)
+			conn.Close()
+		}
 	})
 	srv := &http.Server{Addr: addr, Handler: m, ReadHeaderTimeout: 10 * time.Second}
 	ended := make(chan error, 1)
