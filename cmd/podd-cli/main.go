@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -33,10 +32,11 @@ import (
 var version = "unknown"
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	defer stop()
+	// Signals end this process, as they end kubectl: nothing of it needs more
+	// than that its connections close, but for what catches them itself (a raw
+	// terminal, which kubectl's packages give back, and stop without a daemon).
 	streams := genericiooptions.IOStreams{In: os.Stdin, Out: os.Stdout, ErrOut: os.Stderr}
-	if err := newRoot(streams).ExecuteContext(ctx); err != nil {
+	if err := newRoot(streams).ExecuteContext(context.Background()); err != nil {
 		// kubectl's commands end the process with their own messages; this is
 		// for the rest, in the same words.
 		cmdutil.CheckErr(err)

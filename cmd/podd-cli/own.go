@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"runtime"
 	"slices"
 	"sort"
@@ -117,6 +118,9 @@ func (c *client) drain(ctx context.Context, streams genericiooptions.IOStreams, 
 		return err
 	}
 	fmt.Fprintln(streams.Out, "the daemon is down; stopping its pods without it")
+	// It would go on without us, unseen.
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer stop()
 	cmd := exec.CommandContext(ctx, last.Program, slices.Concat([]string{"run"}, last.Args, []string{"--drain", fmt.Sprintf("--drain-grace-period=%d", grace)})...)
 	cmd.Dir = last.Dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
