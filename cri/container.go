@@ -70,6 +70,17 @@ type containerStatus struct {
 	PID        int    `json:"pid,omitempty"`
 	// MemoryPeak of a container that was OOM-killed, in bytes.
 	MemoryPeak uint64 `json:"memoryPeak,omitempty"`
+	// Signal that ended it, as the kernel says; 0: it exited by itself, or the
+	// record is of a release that did not note it. ExitCode is 128+Signal, and a
+	// program may exit with that code, too.
+	Signal int `json:"signal,omitempty"`
+	oomKills
+}
+
+// oomKills are those of processes of a container, its first one or others.
+type oomKills struct {
+	OOMKills    int   `json:"oomKills,omitempty"` // how often some were seen
+	OOMKilledAt int64 `json:"oomKilledAt,omitempty"`
 }
 
 // imageOf is the image a container was made from. It outlives the image's
@@ -197,7 +208,7 @@ func (s *Service) markExited(c *container, e *shim.Exit, pid int) {
 	c.status.FinishedAt = e.At.UnixNano()
 	c.status.ExitCode = int32(e.Code)
 	c.status.Reason, c.status.Message = exitReason(e)
-	c.status.MemoryPeak = e.MemoryPeak
+	c.status.MemoryPeak, c.status.Signal = e.MemoryPeak, e.Signal
 	s.persistSoon(c)
 	close(c.exited)
 	s.events.emit(event{id: c.id, sandboxID: c.sandboxID, kind: runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT})

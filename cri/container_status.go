@@ -75,7 +75,7 @@ func (s *Service) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStat
 // containerInfo is what crictl inspect shows beyond the status.
 func (s *Service) containerInfo(c *container) (map[string]string, error) {
 	c.mu.Lock()
-	pid, removing, spec, peak := c.status.PID, c.removing, c.spec, c.status.MemoryPeak
+	pid, removing, spec, st := c.status.PID, c.removing, c.spec, c.status
 	running := c.state == runtimeapi.ContainerState_CONTAINER_RUNNING
 	c.mu.Unlock()
 	if !running {
@@ -99,7 +99,9 @@ func (s *Service) containerInfo(c *container) (map[string]string, error) {
 		Config      *runtimeapi.ContainerConfig `json:"config"`
 		RuntimeSpec *specs.Spec                 `json:"runtimeSpec"`
 		MemoryPeak  uint64                      `json:"memoryPeak,omitempty"`
-	}{c.sandboxID, pid, removing, c.id, "overlayfs", s.rootfsPath(c.id), "podd-shim", c.config, spec, peak})
+		Signal      int                         `json:"signal,omitempty"` // that ended it
+		oomKills
+	}{c.sandboxID, pid, removing, c.id, "overlayfs", s.rootfsPath(c.id), "podd-shim", c.config, spec, st.MemoryPeak, st.Signal, st.oomKills})
 }
 
 // ListContainers returns the containers that match the filter.

@@ -320,6 +320,14 @@ func (s *Service) apply(ctx context.Context, e shim.Event) {
 		return // made by an attempt that was undone, or removed since
 	}
 	switch e.Kind {
+	case shim.EventOOM:
+		c.mu.Lock()
+		if at := e.At.UnixNano(); at > c.status.OOMKilledAt { // not told before
+			c.status.OOMKills++
+			c.status.OOMKilledAt = at
+			s.persistSoon(c)
+		}
+		c.mu.Unlock()
 	case shim.EventStarted:
 		c.mu.Lock()
 		first := c.status.StartedAt == 0

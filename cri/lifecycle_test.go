@@ -3,6 +3,7 @@ package cri
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -226,6 +227,48 @@ func TestStartErrorIsReported(t *testing.T) {
 				t.Errorf("status %v", s)
 			}
 		})
+	}
+}
+
+// TestSignalsAndOOMKillsAreNoted: an exit code of 137 does not tell them.
+func TestSignalsAndOOMKillsAreNoted(t *testing.T) {
+	f := newFixture(t)
+	pod := f.pod(t, "web")
+	type told struct {
+		Signal      int   `json:"signal"`
+		OOMKills    int   `json:"oomKills"`
+		OOMKilledAt int64 `json:"oomKilledAt"`
+	}
+	info := func(id string) (i told) {
+		t.Helper()
+		r, err := f.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(r.Info["info"]), &i); err != nil {
+			t.Fatal(err)
+		}
+		return i
+	}
+	exited := func(id string) func() bool {
+		return func() bool { return f.status(t, id).State == runtimeapi.ContainerState_CONTAINER_EXITED }
+	}
+	byItself, killed := f.running(t, pod, "itself"), f.running(t, pod, "killed")
+	f.shim.exit(byItself, shim.Exit{Code: 137, Known: true})
+	f.shim.exit(killed, shim.Exit{Code: 137, Signal: 9, Known: true})
+	eventually(t, "both exited", func() bool { return exited(byItself)() && exited(killed)() })
+	if a, b := info(byItself), info(killed); a.Signal != 0 || b.Signal != 9 {
+		t.Errorf("by itself %+v, killed %+v", a, b)
+	}
+	goesOn := f.running(t, pod, "on")
+	for range 2 {
+		f.shim.mu.Lock()
+		f.shim.emit(shim.Event{Kind: shim.EventOOM, ID: goesOn})
+		f.shim.mu.Unlock()
+	}
+	eventually(t, "kills noted", func() bool { return info(goesOn).OOMKills == 2 })
+	if i := info(goesOn); i.OOMKilledAt == 0 {
+		t.Errorf("%+v", i)
 	}
 }
 

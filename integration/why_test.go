@@ -67,6 +67,10 @@ func failures(t *testing.T, n *node.Node) []failure {
 	return []failure{
 		{name: "crash", want: []string{"exited with code 3", "no database at db:5432", "next try is at"}, manifest: shell("crash", "", "echo one; echo no database at db:5432; exit 3")},
 		{name: "once", want: []string{"exited with code 4", "broken"}, manifest: shell("once", "restartPolicy: Never", "echo broken; exit 4")},
+		{name: "code137", want: []string{"exited with code 137", "By convention of shells"}, manifest: shell("code137", "restartPolicy: Never", "exit 137")},
+		{name: "killed", want: []string{"was ended by SIGKILL (exit code 137)"}, manifest: shell("killed", "restartPolicy: Never", "sleep 0.1; exec sleep 4715")},
+		{name: "oomchild", want: []string{"exited with code 0", "because the container used more memory than its limit"}, manifest: with(shell("oomchild", "restartPolicy: Never", "head -c 200m /dev/zero | tail; true"), "resources: {limits: {memory: 32Mi}}")},
+		{name: "oomgoeson", want: []string{"of container main was killed", "the container goes on", "Its limit is 32Mi"}, manifest: with(shell("oomgoeson", "", "head -c 200m /dev/zero | tail; sleep 1000"), "resources: {limits: {memory: 32Mi}}")},
 		{name: "segv", want: []string{"SIGSEGV"}, manifest: shell("segv", "", "sh -c 'kill -SEGV $$$$'; exit $?")},
 		{name: "oom", want: []string{"used more memory than its limit", "Its limit is 32Mi, at its peak it used"}, manifest: with(pod("oom", "restartPolicy: Never", "hog", "200"), "resources: {limits: {memory: 32Mi}}")},
 		{name: "noimage", want: []string{"absent.test/nothing:1 cannot be pulled: the registry does not have it", "404 Not Found"}, manifest: from("noimage", "absent.test/nothing:1")},
@@ -117,7 +121,7 @@ func TestWhySaysWhatIsWrong(t *testing.T) {
 	mirror(t, n, "testserver", "busybox")
 	list := failures(t, n)
 	if os.Getenv("PODD_TEST_ALL") == "" { // those that show at once
-		quick := []string{"crash", "once", "noimage", "nomap", "nosecretkey", "novolume", "nopath", "noprogram", "port1", "port2", "fraction", "invalid", "stopped", "stubborn", "fine"}
+		quick := []string{"crash", "once", "noimage", "nomap", "nosecretkey", "novolume", "nopath", "noprogram", "port1", "port2", "fraction", "invalid", "stopped", "stubborn", "fine", "code137", "killed", "oomchild", "oomgoeson"}
 		list = slices.DeleteFunc(list, func(f failure) bool { return !slices.Contains(quick, f.name) })
 	}
 	n.Start()
@@ -127,6 +131,10 @@ func TestWhySaysWhatIsWrong(t *testing.T) {
 	n.WaitRunning("fine", "stubborn", "stopped")
 	n.OK("stop", node.PodName("stopped"))
 	n.Remove("stubborn.yaml")
+	node.Await(t, "its program running", 30*second, func() bool { return len(n.Processes("sleep 4715")) == 1 })
+	for pid := range n.Processes("sleep 4715") {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
 	// All at once: what has been said right once need not be asked again.
 	said, last := map[string]bool{}, map[string]string{}
 	defer func() {

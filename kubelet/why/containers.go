@@ -57,8 +57,9 @@ func (x *explainer) container(c *v1.Container, init, blocked bool) {
 	case s.State.Terminated != nil:
 		t := s.State.Terminated
 		switch {
-		case t.ExitCode == 0 && t.Reason != "OOMKilled" && (init || x.Pod.Spec.RestartPolicy != v1.RestartPolicyAlways):
-		case x.Pod.Status.Phase == v1.PodSucceeded:
+		case x.Pod.Status.Phase == v1.PodSucceeded,
+			t.ExitCode == 0 && t.Reason != "OOMKilled" && (init || x.Pod.Spec.RestartPolicy != v1.RestartPolicyAlways):
+			x.oomKilled(c, subject, t.ContainerID, fmt.Sprintf("went on and exited with code %d", t.ExitCode))
 		default:
 			_, again := x.Waits.Next[c.Name]
 			x.failed(c, subject, t, s, again)
@@ -194,12 +195,13 @@ func (x *explainer) failing(c *v1.Container, subject string, s *v1.ContainerStat
 		x.add(f)
 		return
 	}
+	x.oomKilled(c, subject, s.ContainerID, "goes on")
 	t := s.LastTerminationState.Terminated
 	if s.RestartCount == 0 || t == nil || x.Now.Sub(since) > recent {
 		return
 	}
 	f := api.Finding{Level: api.Notice, Reason: "Restarted", Subject: subject, Container: c.Name, Since: when(t.FinishedAt)}
-	f.Message = sentence(fmt.Sprintf("%s runs again since %s; before, it %s", capital(subject), strings.TrimSuffix(x.ago(since), " ago"), exit(t)))
+	f.Message = sentence(fmt.Sprintf("%s runs again since %s; before, it %s", capital(subject), strings.TrimSuffix(x.ago(since), " ago"), x.exit(t)))
 	f.Remedy = fmt.Sprintf("the log of the instance before: podd logs -p %s -c %s", x.Pod.Name, c.Name)
 	x.add(f)
 }

@@ -1,6 +1,7 @@
 package why
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -13,18 +14,49 @@ import (
 )
 
 // exit is one end of a container in words.
-func exit(t *v1.ContainerStateTerminated) string {
+func (x *explainer) exit(t *v1.ContainerStateTerminated) string {
+	n := x.signal(t)
 	switch {
 	case t.Reason == "ContainerStatusUnknown" || t.Reason == "Unknown":
 		return "ended while nobody watched, its exit code is not known"
-	case t.Reason == "OOMKilled":
+	case t.Reason == "OOMKilled" && n == int32(unix.SIGKILL):
 		return "was killed because it used more memory than its limit"
-	case t.ExitCode > 128 && t.ExitCode < 128+65:
-		return fmt.Sprintf("was ended by %s (exit code %d)", signal(t.ExitCode-128), t.ExitCode)
-	case t.Signal != 0:
-		return fmt.Sprintf("was ended by %s", signal(t.Signal))
+	case t.Reason == "OOMKilled" && n == 0:
+		return fmt.Sprintf("exited with code %d after a process of it had been killed because the container used more memory than its limit", t.ExitCode)
+	case n != 0:
+		return fmt.Sprintf("was ended by %s (exit code %d)", signal(n), t.ExitCode)
 	}
 	return fmt.Sprintf("exited with code %d", t.ExitCode)
+}
+
+// end of the instance that t tells of.
+func (x *explainer) end(containerID string) End {
+	_, id, _ := strings.Cut(containerID, "://")
+	return x.Ends[id]
+}
+
+// signal that ended an instance; 0: it exited by itself, or nobody knows.
+func (x *explainer) signal(t *v1.ContainerStateTerminated) int32 {
+	return cmp.Or(t.Signal, x.end(t.ContainerID).Signal)
+}
+
+// oomKilled tells of processes of a container that were killed while the
+// container went on, or before it ended well. A parent may have made up for it.
+func (x *explainer) oomKilled(c *v1.Container, subject, id, then string) bool {
+	e := x.end(id)
+	if e.OOMKills == 0 {
+		return false
+	}
+	f := api.Finding{Level: api.Notice, Reason: "OOMKilled", Subject: subject, Container: c.Name, Since: &e.OOMKilled}
+	f.Message = fmt.Sprintf("A process of %s was killed %s because the container used more memory than its limit; the container %s.", subject, x.ago(e.OOMKilled), then)
+	if e.OOMKills > 1 {
+		f.Message = fmt.Sprintf("Processes of %s were killed %s, last %s, because the container used more memory than its limit; the container %s.", subject, times(e.OOMKills), x.ago(e.OOMKilled), then)
+	}
+	var cause string
+	cause, f.Remedy = x.oom(c)
+	f.Message += " " + sentence(cause)
+	x.add(f)
+	return true
 }
 
 // signals in words, signal(7).
@@ -49,23 +81,25 @@ func signal(n int32) string {
 }
 
 // codes that mean something by convention.
-func codeMeans(t *v1.ContainerStateTerminated) (meaning, remedy string) {
-	switch code := t.ExitCode; {
+func (x *explainer) codeMeans(t *v1.ContainerStateTerminated) (meaning, remedy string) {
+	code, n := t.ExitCode, x.signal(t)
+	switch {
+	case n != 0:
+		switch unix.Signal(n) {
+		case unix.SIGSYS:
+			remedy = "allow the call in securityContext.seccompProfile, or use another program"
+		case unix.SIGILL:
+			remedy = "use an image that is built for this processor"
+		}
+		return signals[unix.Signal(n)], remedy
 	case code == 0:
 		return "a container that shall run for ever must not end", "let its program stay in the foreground, or set restartPolicy: OnFailure or Never if it is done when it ends"
 	case code == 126:
 		return "by convention of shells: the command was found and cannot be executed", "check the permissions and the architecture of the program that the script calls"
 	case code == 127:
 		return "by convention of shells: a command was not found", "check PATH and the names in the script, and that the image has the program"
-	case code > 128 && code < 128+65:
-		sig := unix.Signal(code - 128)
-		switch sig {
-		case unix.SIGSYS:
-			remedy = "allow the call in securityContext.seccompProfile, or use another program"
-		case unix.SIGILL:
-			remedy = "use an image that is built for this processor"
-		}
-		return signals[sig], remedy
+	case code > 128 && unix.SignalName(unix.Signal(code-128)) != "":
+		return fmt.Sprintf("by convention of shells: a command that it ran was ended by %s", signal(code-128)), ""
 	}
 	return "", ""
 }
@@ -181,7 +215,7 @@ func raise(limit *resource.Quantity) string {
 // anew, and after how many starts.
 func (x *explainer) failed(c *v1.Container, subject string, t *v1.ContainerStateTerminated, s *v1.ContainerStatus, again bool) {
 	f := api.Finding{Level: api.Failed, Reason: t.Reason, Subject: subject, Container: c.Name, Since: when(t.FinishedAt)}
-	head := fmt.Sprintf("%s %s", capital(subject), exit(t))
+	head := fmt.Sprintf("%s %s", capital(subject), x.exit(t))
 	if !t.FinishedAt.IsZero() {
 		head += " " + x.ago(t.FinishedAt.Time)
 	}
@@ -205,7 +239,7 @@ func (x *explainer) failed(c *v1.Container, subject string, t *v1.ContainerState
 			f.Reason, cause, remedy = reason, say, do
 			break
 		}
-		cause, remedy = codeMeans(t)
+		cause, remedy = x.codeMeans(t)
 	}
 	if again {
 		n := int(s.RestartCount) + 1

@@ -26,6 +26,8 @@ type Evidence struct {
 	Problems []api.Problem
 	// Containers by name, with what the status does not tell.
 	Containers map[string]Container
+	// Ends of instances, by container id, as far as the runtime still has them.
+	Ends map[string]End
 	// Waits is what the pod's worker waits for.
 	Waits Waits
 	// Pulls that are under way on the node.
@@ -47,6 +49,17 @@ type Container struct {
 	// MemoryPeak is the most that the instance has ever used, MemoryLimit what
 	// the kernel lets it have, in bytes; 0: not known, or none.
 	MemoryPeak, MemoryLimit uint64
+}
+
+// End is what the status does not tell of an instance's end.
+type End struct {
+	// Signal that ended it; 0: none did. An exit code of 137 says nothing of
+	// that: a program may exit with it.
+	Signal int32
+	// OOMKills is how often processes of it were killed for memory, while it
+	// went on or not, OOMKilled when the last time was.
+	OOMKills  int
+	OOMKilled time.Time
 }
 
 // Waits is what a pod's worker has in hand.

@@ -36,7 +36,7 @@ func waiting(reason, message string) v1.ContainerStatus {
 }
 
 func ended(reason string, code int32) v1.ContainerStatus {
-	return v1.ContainerStatus{State: v1.ContainerState{Terminated: &v1.ContainerStateTerminated{Reason: reason, ExitCode: code, StartedAt: before(time.Minute), FinishedAt: before(30 * time.Second)}}}
+	return v1.ContainerStatus{State: v1.ContainerState{Terminated: &v1.ContainerStateTerminated{ContainerID: "podd://it", Reason: reason, ExitCode: code, StartedAt: before(time.Minute), FinishedAt: before(30 * time.Second)}}}
 }
 
 // limited gives the container a limit.
@@ -66,9 +66,12 @@ func TestExplain(t *testing.T) {
 		{"other platform", Evidence{Pod: podWith(waiting("ErrImagePull", `pull image "a:1": no match for platform linux/amd64: not found`))}, "ImagePlatform", []string{"architecture"}},
 		{"oom", Evidence{Pod: podWith(ended("OOMKilled", 137), func(p *v1.Pod) {
 			p.Spec.Containers[0].Resources.Limits = v1.ResourceList{v1.ResourceMemory: resource.MustParse("64Mi")}
-		}), Containers: map[string]Container{"main": {MemoryPeak: 64 << 20}}}, "OOMKilled", []string{"limit is 64Mi", "at its peak it used 64Mi", "30 s ago"}},
+		}), Containers: map[string]Container{"main": {MemoryPeak: 64 << 20}}, Ends: map[string]End{"it": {Signal: 9}}}, "OOMKilled", []string{"was killed because", "limit is 64Mi", "at its peak it used 64Mi", "30 s ago"}},
 		{"status lost", Evidence{Pod: podWith(ended("Unknown", 255))}, "Unknown", []string{"its exit code is not known"}},
-		{"signal", Evidence{Pod: podWith(ended("Error", 134))}, "Error", []string{"SIGABRT (exit code 134)", "gave up by itself"}},
+		{"signal", Evidence{Pod: podWith(ended("Error", 134)), Ends: map[string]End{"it": {Signal: 6}}}, "Error", []string{"SIGABRT (exit code 134)", "gave up by itself"}},
+		{"code like a signal's", Evidence{Pod: podWith(ended("Error", 137))}, "Error", []string{"exited with code 137", "By convention of shells: a command that it ran was ended by SIGKILL"}},
+		{"code like no signal's", Evidence{Pod: podWith(ended("Error", 255))}, "Error", []string{"exited with code 255"}},
+		{"oom below an exit by itself", Evidence{Pod: podWith(ended("OOMKilled", 0)), Ends: map[string]End{"it": {OOMKills: 1}}}, "OOMKilled", []string{"exited with code 0 after a process of it had been killed"}},
 		{"code 0 of a server", Evidence{Pod: podWith(ended("Completed", 0))}, "Completed", []string{"must not end", "restartPolicy"}},
 		{"command not found by a shell", Evidence{Pod: podWith(ended("Error", 127))}, "Error", []string{"a command was not found"}},
 		{"port in use", Evidence{Pod: podWith(ended("Error", 1), func(p *v1.Pod) { p.Spec.HostNetwork = true }),
@@ -149,6 +152,38 @@ func TestCopyOfTheManifestIsANotice(t *testing.T) {
 	copied.Kept = true // a change of the object in force is refused
 	if d := Explain(&Evidence{Now: now, Pod: pod, Problems: []api.Problem{copied}}); d.Fine {
 		t.Error("a refused change is no trouble")
+	}
+}
+
+// An exit code says nothing of signals: who ended a container is told only where
+// the kernel has said it.
+func TestNoSignalIsToldThatTheKernelDidNotTell(t *testing.T) {
+	for _, code := range []int32{130, 137, 143} {
+		e := Evidence{Now: now, Pod: podWith(ended("Error", code)), Ends: map[string]End{"it": {}}}
+		d := Explain(&e)
+		text := d.Text("")
+		if strings.Contains(text, "was ended by SIG") && !strings.Contains(text, "a command that it ran was ended by SIG") || strings.Contains(text, "somebody") {
+			t.Errorf("%d: %s", code, text)
+		}
+	}
+}
+
+func TestOOMKillsAreToldOfPodsThatAreFine(t *testing.T) {
+	runs := v1.ContainerStatus{Ready: true, ContainerID: "podd://it", State: v1.ContainerState{Running: &v1.ContainerStateRunning{StartedAt: before(time.Hour)}}}
+	started := true
+	runs.Started = &started
+	for name, pod := range map[string]*v1.Pod{
+		"goes on": podWith(runs, func(p *v1.Pod) { p.Status.Conditions[1].Status = v1.ConditionTrue }),
+		"exited with code 0": podWith(ended("Completed", 0), func(p *v1.Pod) {
+			p.Spec.RestartPolicy, p.Status.Phase = v1.RestartPolicyNever, v1.PodSucceeded
+		}),
+	} {
+		pod.Spec.Containers[0].Resources.Limits = v1.ResourceList{v1.ResourceMemory: resource.MustParse("64Mi")}
+		d := Explain(&Evidence{Now: now, Pod: pod, Ends: map[string]End{"it": {OOMKills: 2, OOMKilled: now.Add(-time.Minute)}}})
+		text := d.Text("")
+		if !d.Fine || len(d.Findings) != 1 || d.Findings[0].Reason != "OOMKilled" || !strings.Contains(text, name) || !strings.Contains(text, "twice, last 60 s ago") || !strings.Contains(text, "limit is 64Mi") {
+			t.Errorf("%s: %+v\n%s", name, d, text)
+		}
 	}
 }
 

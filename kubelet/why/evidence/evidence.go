@@ -62,7 +62,7 @@ type Source struct {
 func (s *Source) Of(ctx context.Context, pod *v1.Pod) *why.Evidence {
 	ctx, cancel := context.WithTimeout(ctx, Timeout)
 	defer cancel()
-	e := &why.Evidence{Now: time.Now(), Pod: pod, Containers: map[string]why.Container{}}
+	e := &why.Evidence{Now: time.Now(), Pod: pod, Containers: map[string]why.Container{}, Ends: map[string]why.End{}}
 	if s.Events != nil {
 		e.Events = eventsOf(s.Events(pod.Namespace), pod)
 	}
@@ -75,14 +75,13 @@ func (s *Source) Of(ctx context.Context, pod *v1.Pod) *why.Evidence {
 	if s.Pulls != nil {
 		e.Pulls = s.Pulls()
 	}
-	if !fine(pod) { // of others nobody asks what they said last
-		for _, list := range [][]v1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses} {
-			for i := range list {
-				if id := instance(&list[i]); id != "" {
-					e.Containers[list[i].Name] = s.container(ctx, id)
-				}
-			}
+	fine := fine(pod)
+	for _, list := range [][]v1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses, pod.Status.EphemeralContainerStatuses} {
+		for i := range list {
+			s.instances(ctx, e, &list[i], !fine) // of fine ones nobody asks what they said last
 		}
+	}
+	if !fine {
 		e.Disks = disks(s.Dirs)
 		for i := range e.Disks {
 			if s.Holders != nil {
@@ -104,45 +103,64 @@ func (s *Source) Of(ctx context.Context, pod *v1.Pod) *why.Evidence {
 	return e
 }
 
-// instance whose log tells most: the one that failed, or that runs and is
-// not ready.
-func instance(s *v1.ContainerStatus) string {
-	id := ""
-	switch {
-	case s.State.Terminated != nil:
-		id = s.State.Terminated.ContainerID
-	case s.State.Running != nil:
-		id = s.ContainerID
-	case s.LastTerminationState.Terminated != nil:
-		id = s.LastTerminationState.Terminated.ContainerID
+// instances of a container that its status tells of. The log that tells most is
+// that of the one that failed, or that runs and is not ready: the first here.
+func (s *Source) instances(ctx context.Context, e *why.Evidence, cs *v1.ContainerStatus, log bool) {
+	var ids []string
+	if cs.State.Terminated != nil {
+		ids = append(ids, cs.State.Terminated.ContainerID)
 	}
-	_, id, _ = strings.Cut(id, "://")
-	return id
+	if cs.State.Running != nil {
+		ids = append(ids, cs.ContainerID)
+	}
+	if t := cs.LastTerminationState.Terminated; t != nil {
+		ids = append(ids, t.ContainerID)
+	}
+	for i, id := range ids {
+		_, id, ok := strings.Cut(id, "://")
+		if !ok {
+			continue
+		}
+		resp, err := s.Containers.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
+		if err != nil {
+			continue
+		}
+		c, end := instance(resp)
+		e.Ends[id] = end
+		if i == 0 {
+			if log {
+				c.Log = lastLines(ctx, resp.GetStatus().GetLogPath())
+			}
+			e.Containers[cs.Name] = c
+		}
+	}
 }
 
-func (s *Source) container(ctx context.Context, id string) why.Container {
-	var out why.Container
-	resp, err := s.Containers.ContainerStatus(ctx, &runtimeapi.ContainerStatusRequest{ContainerId: id, Verbose: true})
-	if err != nil {
-		return out
-	}
-	st := resp.GetStatus()
-	if m := st.GetResources().GetLinux().GetMemoryLimitInBytes(); m > 0 {
+// instance is what the runtime tells of one in its own words.
+func instance(resp *runtimeapi.ContainerStatusResponse) (out why.Container, end why.End) {
+	if m := resp.GetStatus().GetResources().GetLinux().GetMemoryLimitInBytes(); m > 0 {
 		out.MemoryLimit = uint64(m)
 	}
 	var info struct {
-		MemoryPeak uint64 `json:"memoryPeak"`
+		MemoryPeak  uint64 `json:"memoryPeak"`
+		Signal      int32  `json:"signal"`
+		OOMKills    int    `json:"oomKills"`
+		OOMKilledAt int64  `json:"oomKilledAt"`
 	}
 	if json.Unmarshal([]byte(resp.GetInfo()["info"]), &info) == nil {
 		out.MemoryPeak = info.MemoryPeak
+		end = why.End{Signal: info.Signal, OOMKills: info.OOMKills, OOMKilled: time.Unix(0, info.OOMKilledAt)}
 	}
-	if path := st.GetLogPath(); path != "" {
-		var text bytes.Buffer
-		if logs.Read(ctx, path, logs.Options{Tail: tail, LimitBytes: 64 << 10}, nil, &text) == nil {
-			out.Log = lines(text.String())
-		}
+	return out, end
+}
+
+// lastLines of a log; nil: there is none.
+func lastLines(ctx context.Context, path string) []string {
+	var text bytes.Buffer
+	if path == "" || logs.Read(ctx, path, logs.Options{Tail: tail, LimitBytes: 64 << 10}, nil, &text) != nil {
+		return nil
 	}
-	return out
+	return lines(text.String())
 }
 
 // lines that a terminal can show.
