@@ -209,10 +209,11 @@ func (w *worker) halt(l *life, grace *int64, keep bool) {
 		return
 	}
 	l.stopped = keep
-	w.stop(l, Stop{Grace: seconds(grace, podGrace(l.d.Pod)), Reason: "Stopped", Message: "Pod was stopped by a user."})
+	w.stop(l, Stop{Grace: seconds(grace, podGrace(l.d.Pod)), Reason: status.Stopped, Message: "Pod was stopped by a user."})
 }
 
-// await does f to each pod under the name and waits until they are down.
+// await does f to each pod under the name, also to one that waits for its turn,
+// and waits until they are down.
 func (w *worker) await(ctx context.Context, f func(*life)) error {
 	done := make(chan struct{})
 	w.post(func() {
@@ -220,7 +221,14 @@ func (w *worker) await(ctx context.Context, f func(*life)) error {
 		for _, l := range lives {
 			f(l)
 		}
+		next := w.next
+		if next != nil {
+			next.orders = append(next.orders, f)
+		}
 		w.waiters = append(w.waiters, waiter{done: done, until: func() bool {
+			if next != nil && w.next == next {
+				return false
+			}
 			for _, l := range lives {
 				if !l.down() {
 					return false
@@ -265,7 +273,11 @@ func (t *Table) Restart(ctx context.Context, namespace, name, container string) 
 
 func (w *worker) restart(container string) error {
 	if len(w.lives) == 0 || w.lives[0].leaving() {
-		return fmt.Errorf("pod %s is being removed: %w", w.key, errdefs.ErrFailedPrecondition)
+		if w.next != nil && len(w.next.orders) > 0 {
+			w.next.orders = nil // a stop, which this takes back: it starts by itself
+			return nil
+		}
+		return w.departing()
 	}
 	l := w.lives[0]
 	var names []string
@@ -298,6 +310,20 @@ func (w *worker) restart(container string) error {
 		}
 	}
 	return nil
+}
+
+// departing says why a pod that goes is not restarted: it was told to end within
+// a time, and what comes after it needs no order.
+func (w *worker) departing() error {
+	if w.next == nil {
+		return fmt.Errorf("pod %s is being removed, put its manifest back to run it again: %w", w.key, errdefs.ErrFailedPrecondition)
+	}
+	left := ""
+	if len(w.lives) > 0 {
+		left = fmt.Sprintf(" within %s", max(time.Until(w.lives[0].d.Stop.deadline()), 0).Round(time.Second))
+	}
+	return fmt.Errorf("pod %s is being replaced as its manifest has changed: the old one ends%s, then the new one starts by itself (podd stop --grace-period=0 and podd start do it at once): %w",
+		w.key, left, errdefs.ErrFailedPrecondition)
 }
 
 // ObjectChanged says that a ConfigMap, Secret or claim has changed, or with no

@@ -203,8 +203,16 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 	}
 	if s := l.d.Stop; s != nil && !s.Failed && s.Reason != "" {
 		o.Note = &status.Cause{Reason: s.Reason, Message: s.Message}
+		if s.Reason == status.Stopped && l.alive() {
+			o.Note = &status.Cause{Reason: status.Stopping, Message: "Pod is being stopped by a user."}
+		}
 	}
 	return o
+}
+
+// alive says that a container of the pod runs.
+func (l *life) alive() bool {
+	return slices.ContainsFunc(l.o.Containers, func(c status.Container) bool { return c.Alive() })
 }
 
 // tried says whether a container that could not be started will be tried
@@ -220,10 +228,8 @@ func (l *life) tried(name string) bool {
 
 // down says that nothing of the pod runs or is held any more.
 func (l *life) down() bool {
-	for i := range l.o.Containers {
-		if l.o.Containers[i].Alive() {
-			return false
-		}
+	if l.alive() {
+		return false
 	}
 	for i := range l.o.Sandboxes {
 		if !l.o.Sandboxes[i].Stopped {

@@ -490,6 +490,62 @@ func TestHooksThatCouldNotBeBegunAreTriedAgain(t *testing.T) {
 	})
 }
 
+// A stop is of the name: what comes after a pod that is being replaced stays
+// down, too, and is what is told to be stopped.
+func TestStopHoldsForThePodThatWaitsForItsTurn(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return time.Hour }
+		n.set(mkpod("web", "u1"))
+		after(5 * time.Second)
+		n.set(mkpod("web", "u2")) // its manifest has changed
+		after(time.Second)
+		if err := n.table.Restart(t.Context(), "default", "web", ""); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "the old one ends within 4s, then the new one starts by itself") {
+			t.Errorf("restart: %v", err)
+		}
+		if !n.table.Waits(t.Context(), "default", "web").Replaced {
+			t.Error("nobody is told that it is being replaced")
+		}
+		if err := n.table.Stop(t.Context(), "default", "web", nil); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // when stop answers, and later
+			p := n.get("web")
+			if p.UID != "u2" || p.Status.Reason != "Stopped" || len(n.rt.live("default/web")) != 0 {
+				t.Fatalf("%s runs: %+v", p.UID, p.Status)
+			}
+			after(time.Minute)
+		}
+		if err := n.table.Restart(t.Context(), "default", "web", ""); err != nil {
+			t.Fatal(err)
+		}
+		after(10 * time.Second)
+		if !n.ready("web") {
+			t.Errorf("not started: %+v", n.get("web").Status)
+		}
+	})
+}
+
+// A pod counts as stopped when nothing of it runs, not when it was asked to.
+func TestAPodThatStillRunsIsNotStopped(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.rt.onTerm = func(*runtimeapi.ContainerConfig) time.Duration { return time.Hour }
+		n.set(mkpod("web", "u1"))
+		after(5 * time.Second)
+		stopped := make(chan error, 1)
+		go func() { stopped <- n.table.Stop(t.Context(), "default", "web", nil) }()
+		after(time.Second)
+		if s := n.get("web").Status; s.Reason != "Stopping" {
+			t.Errorf("while it runs: %s", s.Reason)
+		}
+		if err := <-stopped; err != nil {
+			t.Fatal(err)
+		}
+		if s := n.get("web").Status; s.Reason != "Stopped" {
+			t.Errorf("afterwards: %s", s.Reason)
+		}
+	})
+}
+
 // TestStopOfRetiredWorker: a stop that meets a pod's last moment ends with it.
 func TestStopOfRetiredWorker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -22,6 +22,8 @@ type Waits struct {
 	Kill map[string]time.Time
 	// Held: no source has spoken for the pod since podd started.
 	Held bool
+	// Replaced: another pod of the name begins when this one is gone.
+	Replaced bool
 }
 
 // Waits tells what a pod waits for. It answers empty when the worker does not
@@ -37,7 +39,9 @@ func (t *Table) Waits(ctx context.Context, namespace, name string) Waits {
 			answer <- Waits{}
 			return
 		}
-		answer <- w.lives[0].waiting(w.t.policy, time.Now())
+		waits := w.lives[0].waiting(w.t.policy, time.Now())
+		waits.Replaced = w.next != nil
+		answer <- waits
 	})
 	select {
 	case a := <-answer:

@@ -55,6 +55,8 @@ type former struct {
 type pending struct {
 	source string
 	pod    *v1.Pod
+	// orders of a user for the name, which hold for this pod as well.
+	orders []func(*life)
 }
 
 // waiter waits for the worker's pods to be down.
@@ -169,6 +171,9 @@ func (w *worker) begin() bool {
 	if n.pod.DeletionTimestamp != nil {
 		w.delete(l, n.source, n.pod)
 		w.publish(l) // so that its end is told
+	}
+	for _, f := range n.orders {
+		f(l)
 	}
 	w.admit(l)
 	return true

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
@@ -66,6 +67,9 @@ func StatusOf(err error) metav1.Status {
 	}
 	if st, ok := status.FromError(err); ok && st.Code() != codes.Unknown {
 		s.Message = st.Message() // without "rpc error: code = …"
+	}
+	for _, kind := range []error{errdefs.ErrFailedPrecondition, errdefs.ErrUnavailable} { // the reason says it
+		s.Message = strings.TrimSuffix(s.Message, ": "+kind.Error())
 	}
 	return s
 }

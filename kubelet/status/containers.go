@@ -20,6 +20,10 @@ const (
 	// Terminated is of containers that a stopped pod's were ended by SIGTERM or
 	// SIGKILL; upstream's word for pods that the node has stopped.
 	Terminated = "Terminated"
+	// Stopped is the reason of a pod that a user has stopped, Stopping while
+	// containers of it still run.
+	Stopped  = "Stopped"
+	Stopping = "Stopping"
 	// RestartingAllContainers is of containers that were removed because one
 	// of the pod ended with a code for which all start anew (KEP-5532).
 	RestartingAllContainers = "RestartingAllContainers"

@@ -355,10 +355,36 @@ func (x *explainer) takenOver() {
 	}
 }
 
-// terminating: what a pod that is to go still waits for.
+// terminating: the pod was told to go for good.
 func (x *explainer) terminating() {
 	p := x.Pod
 	f := api.Finding{Level: api.Waiting, Reason: "Terminating", Subject: "pod"}
+	parts := x.going(&f)
+	since := ""
+	if p.DeletionTimestamp != nil && p.DeletionGracePeriodSeconds != nil {
+		start := p.DeletionTimestamp.Add(-time.Duration(*p.DeletionGracePeriodSeconds) * time.Second)
+		f.Since = &start
+		since = " since " + strings.TrimSuffix(x.ago(start), " ago")
+	}
+	f.Message = fmt.Sprintf("The pod is being removed%s and waits for %s.", since, parts)
+	if x.Waits.Replaced {
+		f.Reason = "Replacing"
+		f.Message = fmt.Sprintf("The pod is being replaced%s, because its manifest has changed: the new one starts when the old one is gone, which waits for %s.", since, parts)
+		f.Remedy = "wait, or end it at once: podd stop --grace-period=0 " + p.Name + ", then podd start " + p.Name
+	}
+	x.add(f)
+}
+
+// stopping: a user has told the pod to stop, and containers of it still run.
+func (x *explainer) stopping() {
+	f := api.Finding{Level: api.Waiting, Reason: "Stopping", Subject: "pod"}
+	f.Message = fmt.Sprintf("The pod is being stopped and waits for %s.", x.going(&f))
+	x.add(f)
+}
+
+// going is what a pod that ends still waits for.
+func (x *explainer) going(f *api.Finding) string {
+	p := x.Pod
 	var parts []string
 	for _, list := range [][]v1.ContainerStatus{p.Status.ContainerStatuses, p.Status.InitContainerStatuses, p.Status.EphemeralContainerStatuses} {
 		for i := range list {
@@ -396,18 +422,11 @@ func (x *explainer) terminating() {
 			f.Evidence = append(f.Evidence, plain(message(e)))
 		}
 	}
-	since := ""
-	if p.DeletionTimestamp != nil && p.DeletionGracePeriodSeconds != nil {
-		start := p.DeletionTimestamp.Add(-time.Duration(*p.DeletionGracePeriodSeconds) * time.Second)
-		f.Since = &start
-		since = " since " + strings.TrimSuffix(x.ago(start), " ago")
-	}
-	f.Message = fmt.Sprintf("The pod is being removed%s and waits for %s.", since, strings.Join(parts, ", and for "))
 	for i := range p.Spec.Containers {
 		c := &p.Spec.Containers[i]
 		if e := x.last(c.Name, "FailedPreStopHook"); e != nil {
 			f.Evidence = append(f.Evidence, sentence(fmt.Sprintf("container %s: %s", c.Name, plain(message(e)))))
 		}
 	}
-	x.add(f)
+	return strings.Join(parts, ", and for ")
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/podd-runtime/podd/kubelet/limits"
 	"github.com/podd-runtime/podd/kubelet/server/api"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // Evidence is what is known of one pod at one moment.
@@ -75,6 +76,8 @@ type Waits struct {
 	Kill map[string]time.Time
 	// Held: podd has just started and waits for the pod's source to speak.
 	Held bool
+	// Replaced: another pod of the name begins when this one is gone.
+	Replaced bool
 }
 
 // Listener is a process that has a port of the host.
@@ -233,7 +236,10 @@ func (x *explainer) manifest() {
 func (x *explainer) ended() bool {
 	s := &x.Pod.Status
 	switch {
-	case s.Reason == "Stopped":
+	case s.Reason == status.Stopping:
+		x.stopping()
+		return true
+	case s.Reason == status.Stopped:
 		x.add(api.Finding{Level: api.Failed, Reason: "Stopped", Message: "The pod was stopped by a user and stays down.",
 			Remedy: "podd start " + x.Pod.Name + ", or change its manifest"})
 		return true
