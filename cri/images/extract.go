@@ -43,6 +43,7 @@ type extractor struct {
 	layer   digest.Digest
 	budget  *budget
 	devices DevicePolicy
+	turn    *turn       // nil: nobody else waits
 	ratio   func() bool // does the layer unpack to too much for its size?
 
 	dirs     map[string]*dirEntry // directories that the archive lists, by name within the layer
@@ -103,8 +104,8 @@ func (x *extractor) run(ctx context.Context, r io.Reader) error {
 
 	tr := tar.NewReader(r)
 	for {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+		if err := x.pause(ctx); err != nil {
+			return err
 		}
 		hdr, err := tr.Next()
 		if errors.Is(err, io.EOF) {
@@ -122,6 +123,17 @@ func (x *extractor) run(ctx context.Context, r io.Reader) error {
 		}
 	}
 	return x.finishDirs()
+}
+
+// pause lets others go first, and tells when nobody wants the layer any more.
+func (x *extractor) pause(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if x.turn == nil {
+		return nil
+	}
+	return x.turn.offer(ctx)
 }
 
 // cleanName turns an entry's name into a relative path without dots. An
@@ -479,8 +491,8 @@ func (x *extractor) copy(ctx context.Context, fd int, r io.Reader, hdr *tar.Head
 		if x.ratio() {
 			return x.refuse(hdr.Name, "the layer unpacks to more than %d times its size", x.budget.limits.Ratio)
 		}
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
+		if err := x.pause(ctx); err != nil {
+			return err
 		}
 	}
 	if hole {

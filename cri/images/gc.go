@@ -230,15 +230,17 @@ func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *tim
 	for _, e := range entries {
 		dir := filepath.Join(root, e.Name())
 		ref, err := os.ReadFile(filepath.Join(dir, "ref"))
-		if err == nil && strings.HasPrefix(string(ref), ingestRef("")) {
+		if err == nil && strings.HasPrefix(string(ref), ingestPrefix) {
 			if st, err := os.Stat(filepath.Join(dir, "data")); err == nil && keep(now, st.ModTime(), ttl, next) {
 				continue
 			}
 		}
 		s.mu.Lock() // a fetch is entered under mu before it opens its ingest
 		busy := false
-		for d := range s.fetches {
-			busy = busy || digest.FromString(ingestRef(d)).Encoded() == e.Name()
+		for _, list := range s.fetches {
+			for _, f := range list {
+				busy = busy || digest.FromString(f.ref).Encoded() == e.Name()
+			}
 		}
 		if !busy {
 			errs = append(errs, os.Rename(dir, s.trash(e.Name())))

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	gremote "github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/opencontainers/go-digest"
 )
 
 // entry of a layer made by a test.
@@ -208,3 +209,5 @@ func manyFiles(n, size int) []entry {
 	}
 	return list
 }
+
+func digestOf(h v1.Hash) digest.Digest { return digest.Digest(h.String()) }

@@ -10,7 +10,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
@@ -18,6 +20,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 )
 
@@ -47,80 +50,166 @@ func (s *Store) layerPath(chain digest.Digest) string {
 	return filepath.Join(s.layersDir, layerID(chain))
 }
 
-// unpacking is one layer under way. Those who need the same chain wait for done.
+// unpacking is one layer under way. Those who need the same wait for done.
 type unpacking struct {
 	done chan struct{}
 	info layer
 	err  error
 }
 
-// parentError says that a layer below could not be had: no fault of this one.
-type parentError struct{ error }
+// unpackKey is what may be waited for: the same bytes for the same chain.
+// Another image may say that other bytes unpack to this chain.
+type unpackKey struct{ chain, blob digest.Digest }
 
-func (e *parentError) Unwrap() error { return e.error }
+// turn is a layer's place among those that are unpacked at once: one of its
+// pull's, then one of the store's. The latter is offered to others now and
+// then, so that a huge layer slows others down and does not stop them.
+type turn struct {
+	pull, store *semaphore.Weighted
+	held        bool
+	since       time.Time
+}
+
+// turnLength is long against the change of a turn, and short for who waits.
+const turnLength = 100 * time.Millisecond
+
+func (t *turn) take(ctx context.Context) error {
+	if err := t.pull.Acquire(ctx, 1); err != nil {
+		return context.Cause(ctx)
+	}
+	if err := t.store.Acquire(ctx, 1); err != nil {
+		t.pull.Release(1)
+		return context.Cause(ctx)
+	}
+	t.held, t.since = true, time.Now()
+	return nil
+}
+
+// offer lets others go first who wait, when this turn has been long enough.
+func (t *turn) offer(ctx context.Context) error {
+	if !t.held || time.Since(t.since) < turnLength {
+		return nil
+	}
+	t.store.Release(1)
+	if err := t.store.Acquire(ctx, 1); err != nil {
+		t.held = false
+		t.pull.Release(1)
+		return context.Cause(ctx)
+	}
+	t.since = time.Now()
+	return nil
+}
+
+func (t *turn) leave() {
+	if t.held {
+		t.held = false
+		t.store.Release(1)
+		t.pull.Release(1)
+	}
+}
 
 // unpackedLayer returns the layer of the chain, unpacking it unless it is
-// there. parents are the chains below, nearest first; wait returns when the
-// nearest is complete.
-func (s *Store) unpackedLayer(ctx context.Context, l layer, parents []digest.Digest, wait func(context.Context) error, b *budget) (layer, error) {
+// there. parents are the chains below, nearest first, which the same pull or
+// another one brings. Errors of others are not inherited: with those one's own
+// attempt follows.
+func (s *Store) unpackedLayer(ctx context.Context, l layer, parents []digest.Digest, slots *semaphore.Weighted, b *budget) (layer, error) {
+	key := unpackKey{l.Chain, l.Blob}
+	alone := false // waiting for another has been of no use
 	for {
-		s.mu.Lock()
-		if have, ok := s.layers[l.Chain]; ok {
-			s.mu.Unlock()
+		have, u := s.layerOrUnpacking(key)
+		if have != nil {
 			l.Bytes, l.Inodes = have.Bytes, have.Inodes
 			return l, nil
 		}
-		u := s.unpackings[l.Chain]
-		mine := u == nil
-		if mine {
-			u = &unpacking{done: make(chan struct{})}
-			s.unpackings[l.Chain] = u
-		}
-		s.mu.Unlock()
-
-		if !mine {
+		if u != nil && !alone {
 			select {
 			case <-u.done:
 			case <-ctx.Done():
 				return layer{}, context.Cause(ctx)
 			}
-			var parent *parentError
-			if errors.As(u.err, &parent) || errors.Is(u.err, context.Canceled) || errors.Is(u.err, context.DeadlineExceeded) {
-				continue // the other pull was given up, not the layer
-			}
-			if u.err != nil {
-				return layer{}, u.err
-			}
-			l.Bytes, l.Inodes = u.info.Bytes, u.info.Inodes
-			return l, nil
+			alone = u.err != nil
+			continue
 		}
-
-		u.info, u.err = s.unpackLayer(ctx, l, parents, wait, b)
-		s.mu.Lock()
-		if u.err == nil {
-			s.layers[l.Chain] = u.info
-			s.unsynced[l.Chain] = struct{}{}
+		t := &turn{pull: slots, store: s.unpackSlots}
+		if err := t.take(ctx); err != nil {
+			return layer{}, err
 		}
-		delete(s.unpackings, l.Chain)
-		s.mu.Unlock()
-		close(u.done)
+		// Entered with a turn: who has none, and may not get one, is not to be
+		// waited for.
+		u, ok := s.beginUnpacking(key, alone)
+		if !ok {
+			t.leave()
+			continue
+		}
+		u.info, u.err = s.unpackLayer(ctx, l, parents, t, b)
+		t.leave()
+		s.endUnpacking(key, u)
 		return u.info, u.err
 	}
 }
 
-func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Digest, wait func(context.Context) error, b *budget) (_ layer, err error) {
-	if err := s.unpackSlots.Acquire(ctx, 1); err != nil {
-		return layer{}, context.Cause(ctx)
+func (s *Store) layerOrUnpacking(key unpackKey) (*layer, *unpacking) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if l, ok := s.layers[key.chain]; ok {
+		return &l, nil
 	}
-	held := true
-	release := func() {
-		if held {
-			s.unpackSlots.Release(1)
-			held = false
+	return nil, s.unpackings[key]
+}
+
+// beginUnpacking enters one, unless there is one or it is done already; alone
+// begins one beside it.
+func (s *Store) beginUnpacking(key unpackKey, alone bool) (*unpacking, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, done := s.layers[key.chain]; done {
+		return nil, false
+	}
+	u := &unpacking{done: make(chan struct{})}
+	if s.unpackings[key] == nil {
+		s.unpackings[key] = u
+	} else if !alone {
+		return nil, false
+	}
+	return u, true
+}
+
+func (s *Store) endUnpacking(key unpackKey, u *unpacking) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.unpackings[key] == u {
+		delete(s.unpackings, key)
+	}
+	if u.err == nil {
+		if _, done := s.layers[key.chain]; !done {
+			s.layers[key.chain] = u.info
+		}
+		s.unsynced[key.chain] = struct{}{}
+		close(s.unpacked)
+		s.unpacked = make(chan struct{})
+	}
+	close(u.done)
+}
+
+// awaitLayers waits until all chains are unpacked, whoever does it.
+func (s *Store) awaitLayers(ctx context.Context, chains []digest.Digest) error {
+	for {
+		s.mu.RLock()
+		more := s.unpacked
+		missing := slices.ContainsFunc(chains, func(c digest.Digest) bool { _, ok := s.layers[c]; return !ok })
+		s.mu.RUnlock()
+		if !missing {
+			return nil
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
-	defer release()
+}
 
+func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Digest, t *turn, b *budget) (_ layer, err error) {
 	tmp, err := os.MkdirTemp(s.layersDir, unfinished)
 	if err != nil {
 		return layer{}, fmt.Errorf("layer %s: %w", l.Blob, err)
@@ -153,7 +242,7 @@ func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Diges
 	defer plain.Close()
 	hashed := &countingReader{r: io.TeeReader(plain, diffID.Hash())}
 
-	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices}
+	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices, turn: t}
 	x.ratio = func() bool { return hashed.n > 256<<20 && hashed.n/max(in.n, 1) > b.limits.Ratio }
 	if err := x.run(ctx, hashed); err != nil {
 		return layer{}, err
@@ -165,10 +254,10 @@ func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Diges
 	if got := diffID.Digest(); got != l.DiffID {
 		return layer{}, fmt.Errorf("layer %s unpacks to %s, but the image's config says %s: the image is damaged or forged: %w", l.Blob, got, l.DiffID, errdefs.ErrDataLoss)
 	}
-	release()
+	t.leave() // who waits for the layers below does not work
 
-	if err := wait(ctx); err != nil {
-		return layer{}, &parentError{err}
+	if err := s.awaitLayers(ctx, parents); err != nil {
+		return layer{}, err
 	}
 	if err := s.inherit(x, parents); err != nil {
 		return layer{}, err
@@ -206,8 +295,8 @@ func (x *extractor) drain(ctx context.Context, r *countingReader) error {
 		if x.budget.bytes.Add(int64(n)) > x.budget.limits.UnpackedSize || x.ratio() {
 			return x.refuse("", "the archive is followed by more data than the limits allow")
 		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+		if err := x.pause(ctx); err != nil {
+			return err
 		}
 	}
 }

@@ -35,6 +35,12 @@ const (
 	stageDone        = "done"
 )
 
+// pullKey tells which pulls are the same.
+type pullKey struct {
+	ref  string
+	auth authKey
+}
+
 // pull is one pull under way and all who wait for it.
 type pull struct {
 	done   chan struct{}
@@ -69,7 +75,7 @@ func (s *Store) Pull(ctx context.Context, ref string, auth *runtimeapi.AuthConfi
 	}
 	// Credentials are part of the key: joining must not give an image to
 	// somebody whom the registry would refuse.
-	key := t.String() + "\x00" + auth.String()
+	key := pullKey{t.String(), authKeyOf(auth)}
 
 	s.mu.Lock()
 	if s.ctx.Err() != nil {
@@ -205,8 +211,9 @@ type source interface {
 }
 
 type remote struct {
-	s   *Store
-	reg *registry
+	s    *Store
+	reg  *registry
+	auth authKey
 	// slots bound the transfers of this pull. There is no bound over all
 	// pulls: three slow ones would block every other.
 	slots *semaphore.Weighted
@@ -224,7 +231,7 @@ func (r *remote) blob(ctx context.Context, desc ocispec.Descriptor, have *atomic
 		if err != nil {
 			return err
 		}
-		err = r.s.fetchBlob(ctx, from, r.slots, desc, have, moved)
+		err = r.s.fetchBlob(ctx, from, origin{r.reg.ref.host, r.auth, skip}, r.slots, desc, have, moved)
 		if err == nil || ctx.Err() != nil || !(errors.Is(err, errWrong) || transient(err)) {
 			return err
 		}
@@ -282,7 +289,7 @@ func (s *Store) pull(ctx context.Context, t target, auth *runtimeapi.AuthConfig,
 	if t.tag != "" {
 		names.Tags = []string{t.String()}
 	}
-	from := &remote{s: s, reg: reg, slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
+	from := &remote{s: s, reg: reg, auth: authKeyOf(auth), slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 	r, err := s.assemble(ctx, l, from, desc, p)
 	if err != nil {
 		s.abandon(l)
@@ -377,10 +384,9 @@ func (s *Store) assemble(ctx context.Context, l *lease, from source, desc ocispe
 func (s *Store) layersOf(ctx context.Context, from source, m *ocispec.Manifest, r *record, chains []digest.Digest, p *pull) error {
 	g, ctx := errgroup.WithContext(ctx)
 	b := &budget{limits: s.cfg.Limits}
-	done := make([]chan struct{}, len(r.Layers))
-	for i := range done {
-		done[i] = make(chan struct{})
-	}
+	// Of one image no more are unpacked at once than of all: an image of many
+	// layers has no larger share than others.
+	slots := semaphore.NewWeighted(int64(s.cfg.MaxConcurrentUnpacks))
 	var downloaded atomic.Int64
 	for i := range r.Layers {
 		have := p.blob()
@@ -393,22 +399,11 @@ func (s *Store) layersOf(ctx context.Context, from source, m *ocispec.Manifest, 
 			}
 			parents := slices.Clone(chains[:i])
 			slices.Reverse(parents)
-			l, err := s.unpackedLayer(ctx, r.Layers[i], parents, func(ctx context.Context) error {
-				if i == 0 {
-					return nil
-				}
-				select {
-				case <-done[i-1]:
-					return nil
-				case <-ctx.Done():
-					return context.Cause(ctx)
-				}
-			}, b)
+			l, err := s.unpackedLayer(ctx, r.Layers[i], parents, slots, b)
 			if err != nil {
 				return err
 			}
 			r.Layers[i] = l
-			close(done[i])
 			p.change(func(now *Progress) { now.LayersDone++ })
 			return nil
 		})

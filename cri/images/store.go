@@ -34,6 +34,7 @@ type Store struct {
 	layersDir, imagesDir, snapshotsDir, quarantineDir, idmapDir, trashDir string
 
 	unpackSlots *semaphore.Weighted
+	raceAfter   time.Duration
 
 	records sync.Mutex // serialises changes of records on disk
 	loading sync.Mutex // one Load at a time: the importer's names are its own
@@ -44,9 +45,10 @@ type Store struct {
 	layers     map[digest.Digest]layer    // unpacked and complete, by chain
 	bare       map[string]struct{}        // layers that only snapshots need, by directory
 	unsynced   map[digest.Digest]struct{} // unpacked, perhaps not on disk yet
-	unpackings map[digest.Digest]*unpacking
-	fetches    map[digest.Digest]*fetch
-	pulls      map[string]*pull
+	unpackings map[unpackKey]*unpacking
+	unpacked   chan struct{}              // closed, and replaced, when a layer comes to layers
+	fetches    map[digest.Digest][]*fetch // oldest first
+	pulls      map[pullKey]*pull
 	leases     map[*lease]struct{}
 	snapshots  map[string]snapshot
 	orphans    map[digest.Digest]orphan // blobs that no record vouches for: of pulls that did not end well
@@ -102,9 +104,11 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		layers:        map[digest.Digest]layer{},
 		bare:          map[string]struct{}{},
 		unsynced:      map[digest.Digest]struct{}{},
-		unpackings:    map[digest.Digest]*unpacking{},
-		fetches:       map[digest.Digest]*fetch{},
-		pulls:         map[string]*pull{},
+		unpackings:    map[unpackKey]*unpacking{},
+		unpacked:      make(chan struct{}),
+		raceAfter:     raceAfter,
+		fetches:       map[digest.Digest][]*fetch{},
+		pulls:         map[pullKey]*pull{},
 		leases:        map[*lease]struct{}{},
 		snapshots:     map[string]snapshot{},
 		orphans:       map[digest.Digest]orphan{},
