@@ -280,6 +280,11 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	if a.shim, err = a.openShim(ctx); err != nil {
 		return nil, err
 	}
+	cfg.Images.Present = func(names []string) {
+		if a.table != nil {
+			a.table.ImagePresent(names)
+		}
+	}
 	if a.images, err = images.Open(ctx, cfg.Images); err != nil {
 		return nil, err
 	}

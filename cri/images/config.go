@@ -48,6 +48,10 @@ type Config struct {
 	// Pinned references are reported as pinned: the kubelet does not
 	// garbage-collect them.
 	Pinned []string
+	// Present is told the names and the id of an image that has come, by a pull
+	// or a load, or was pulled again. It must return soon and not call the
+	// store. nil: nobody is told.
+	Present func(names []string)
 	// NoSync leaves out every sync to disk: for tests and throw-away stores.
 	NoSync bool
 	// Log receives what the store does. Default slog.Default().

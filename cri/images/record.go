@@ -250,6 +250,14 @@ func (s *Store) install(r *record) {
 // commit makes the image known under names, taking them from whichever image
 // has them now. What the record names must be on disk.
 func (s *Store) commit(r *record) (*record, error) {
+	r, err := s.commitRecord(r)
+	if err == nil && s.cfg.Present != nil {
+		s.cfg.Present(append(r.names(), r.ID.String()))
+	}
+	return r, err
+}
+
+func (s *Store) commitRecord(r *record) (*record, error) {
 	s.records.Lock()
 	defer s.records.Unlock()
 

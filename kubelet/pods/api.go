@@ -343,6 +343,9 @@ func (t *Table) ObjectChanged(namespace, name string) {
 							delete(l.o.Retry, key)
 						}
 					}
+					if pullsWith(l.d.Pod, name) {
+						l.retryImages(func(string) bool { return true })
+					}
 				}
 			}
 		})

@@ -122,7 +122,7 @@ func TestAttemptByLogs(t *testing.T) {
 
 func TestGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newGate(1)
+		g := newGate(1, startPatience)
 		leave, _ := g.enter(t.Context(), false)
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
@@ -146,8 +146,7 @@ func TestGate(t *testing.T) {
 
 func TestUrgentStartsGoFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newGate(1)
-		g.patience = time.Hour
+		g := newGate(1, time.Hour)
 		leave, _ := g.enter(t.Context(), false)
 		order := make(chan bool, 3)
 		for _, urgent := range []bool{false, false, true} {

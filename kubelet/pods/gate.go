@@ -7,10 +7,10 @@ import (
 	"time"
 )
 
-// gate lets a number of starts run at once, so that many pods do not slow
-// each other down; those that are urgent before the others. A start that takes
-// longer than patience gives its place away and goes on: a few that hang must
-// not keep the others from starting.
+// gate lets a number of starts or pulls run at once, so that many pods do not
+// slow each other down; those that are urgent before the others. One that takes
+// longer than patience gives its place away and goes on: a few that hang, or a
+// registry that sends drop by drop, must not keep the others from beginning.
 type gate struct {
 	patience time.Duration
 
@@ -20,7 +20,14 @@ type gate struct {
 	usual  []chan struct{}
 }
 
-func newGate(n int) *gate { return &gate{free: n, patience: time.Second} }
+const (
+	startPatience = time.Second
+	// pullPatience is long for a pull that moves, and bearable for those that
+	// wait behind ones that do not.
+	pullPatience = 10 * time.Second
+)
+
+func newGate(n int, patience time.Duration) *gate { return &gate{free: n, patience: patience} }
 
 // enter waits for a place. leave may be called once.
 func (g *gate) enter(ctx context.Context, urgent bool) (leave func(), err error) {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/distribution/reference"
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/credentialprovider"
@@ -67,6 +68,44 @@ func (w *worker) ensureImage(l *life, a Action) {
 	})
 }
 
+// ImagePresent tells that an image has come to the node, by whatever way, under
+// these names (whole references, as "docker.io/library/nginx:1", and its id).
+// Containers that wait to try it again do so at once.
+func (t *Table) ImagePresent(names []string) {
+	for _, w := range t.all() {
+		w.post(func() {
+			for _, l := range w.lives {
+				l.retryImages(func(image string) bool { return slices.Contains(names, wholeName(image)) })
+			}
+		})
+	}
+}
+
+// retryImages makes containers that failed to get an image try it now, where
+// matches says so of one that they need.
+func (l *life) retryImages(matches func(image string) bool) {
+	now := time.Now()
+	for name, st := range l.o.Images {
+		c := spec.Container(l.d.Pod, name)
+		if st.Ref != "" || !st.Retry.After(now) || c == nil {
+			continue
+		}
+		if matches(c.Image) || slices.ContainsFunc(imageVolumes(l.d.Pod, c), func(v *v1.ImageVolumeSource) bool { return matches(v.Reference) }) {
+			st.Retry = now
+			l.o.Images[name] = st
+		}
+	}
+}
+
+// wholeName of an image as the store has it: with registry and tag, or digest.
+func wholeName(image string) string {
+	named, err := reference.ParseDockerRef(image)
+	if err != nil {
+		return image
+	}
+	return named.String()
+}
+
 // imageVolumes are the images that a container has mounted as volumes.
 func imageVolumes(pod *v1.Pod, c *v1.Container) []*v1.ImageVolumeSource {
 	var out []*v1.ImageVolumeSource
@@ -111,16 +150,22 @@ func (w *worker) image(ctx context.Context, pod *v1.Pod, container, image string
 		}
 	}
 	asked := time.Now()
-	select {
-	case w.t.limits.pulls <- struct{}{}:
-		defer func() { <-w.t.limits.pulls }()
-	case <-ctx.Done():
-		return "", ctx.Err()
+	leave, err := w.t.limits.pulls.enter(ctx, critical(pod))
+	if err != nil {
+		return "", err
 	}
+	defer leave()
 	event(v1.EventTypeNormal, "Pulling", "Pulling image %q", name)
 	began := time.Now()
 	id, err := w.pull(ctx, pod, name)
 	if err != nil {
+		if policy == v1.PullIfNotPresent && ctx.Err() == nil {
+			// It may have come meanwhile by another way.
+			if img, ierr := w.inspectImage(ctx, name); ierr == nil && img != nil {
+				event(v1.EventTypeNormal, "Pulled", "Container image %q already present on machine and can be accessed by the pod", image)
+				return img.Id, nil
+			}
+		}
 		if ctx.Err() == nil {
 			event(v1.EventTypeWarning, "Failed", "Failed to pull image %q: %s", name, message(err))
 		}

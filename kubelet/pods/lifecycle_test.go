@@ -815,3 +815,66 @@ func TestSameUIDUnderTwoNames(t *testing.T) {
 		n.empty()
 	})
 }
+
+// A pod that waits to get an image again has it as soon as it is there, by
+// whatever way it came; pods that wait for others are not stirred.
+func TestImageThatComesWakesThePod(t *testing.T) {
+	for name, policy := range map[string]v1.PullPolicy{"ErrImagePull": v1.PullIfNotPresent, "ErrImageNeverPull": v1.PullNever} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, n *node) {
+				n.rt.setFault(func(_ context.Context, call, subject string) error {
+					if call == "PullImage" {
+						return errors.New("no such host")
+					}
+					return nil
+				})
+				for pod, image := range map[string]string{"web": "app:1", "other": "other:1"} {
+					n.set(mkpod(pod, "u-"+pod, func(p *v1.Pod) {
+						p.Spec.Containers[0].Image, p.Spec.Containers[0].ImagePullPolicy = image, policy
+					}))
+				}
+				after(2 * time.Minute) // its back-off is long by now
+				w := n.get("web").Status.ContainerStatuses[0].State.Waiting
+				if w == nil || w.Reason != name && w.Reason != "ImagePullBackOff" {
+					t.Fatalf("waiting %+v", w)
+				}
+				n.rt.mu.Lock()
+				n.rt.images["app:1"] = true
+				before := n.rt.calls["PullImage"]
+				n.rt.mu.Unlock()
+				n.table.ImagePresent([]string{"docker.io/library/app:1", "sha256:1"})
+				after(2 * time.Second)
+				if !n.ready("web") {
+					t.Fatalf("it still waits: %+v", n.get("web").Status)
+				}
+				n.rt.mu.Lock()
+				defer n.rt.mu.Unlock()
+				if n.rt.calls["PullImage"] != before {
+					t.Error("the registry was asked")
+				}
+			})
+		})
+	}
+}
+
+// Pulls that a registry draws out do not keep other pods from pulling, however
+// few may pull at once.
+func TestSlowPullsGiveTheirPlaceAway(t *testing.T) {
+	bubble(t, func(t *testing.T, n *node) {
+		n.table.limits.pulls = newGate(1, pullPatience)
+		n.rt.setFault(func(ctx context.Context, call, subject string) error {
+			if call == "PullImage" && strings.HasPrefix(subject, "slow.example/") {
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		})
+		n.set(mkpod("slow", "u1", func(p *v1.Pod) { p.Spec.Containers[0].Image = "slow.example/x:1" }))
+		after(time.Second)
+		n.set(mkpod("web", "u2", func(p *v1.Pod) { p.Spec.Containers[0].Image = "reg.example/x:1" }))
+		after(pullPatience + 2*time.Second)
+		if !n.ready("web") {
+			t.Fatalf("it waits for another registry: %+v", n.get("web").Status.ContainerStatuses)
+		}
+	})
+}

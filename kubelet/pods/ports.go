@@ -121,7 +121,8 @@ type Config struct {
 	Sources []string
 	// Backoff of containers and of images; zero: 10 s to 300 s.
 	Backoff, ImageBackoff BackoffPolicy
-	// ParallelPulls at once; 0: 8.
+	// ParallelPulls at once; 0: 8. One that takes longer than ten seconds no
+	// longer counts.
 	ParallelPulls int
 	// ParallelStarts of sandboxes and containers at once; 0: four per CPU.
 	// One that takes longer than a second no longer counts.

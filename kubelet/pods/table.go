@@ -50,7 +50,7 @@ type Table struct {
 // limits of what is done at once.
 type limits struct {
 	starts *gate
-	pulls  chan struct{}
+	pulls  *gate
 }
 
 // sources is what the sources have said; guarded by Table.mu.
@@ -88,7 +88,7 @@ func New(cfg Config, deps Deps) *Table {
 		records:   newRecords(cfg.RecordDir, cfg.Log),
 		userns:    &userns{podDir: cfg.Node.PodDir, used: map[uint64]types.UID{}},
 		recovered: make(chan struct{}),
-		limits:    limits{starts: newGate(cfg.ParallelStarts), pulls: make(chan struct{}, cfg.ParallelPulls)},
+		limits:    limits{starts: newGate(cfg.ParallelStarts, startPatience), pulls: newGate(cfg.ParallelPulls, pullPatience)},
 		sources:   sources{synced: map[string]bool{}},
 		index: index{
 			workers: map[types.NamespacedName]*worker{}, uids: map[types.UID]*worker{}, ids: map[string]*worker{},

@@ -21,10 +21,8 @@ func uses(pod *v1.Pod, namespace, name string) bool {
 			return true
 		}
 	}
-	for i := range pod.Spec.ImagePullSecrets {
-		if pod.Spec.ImagePullSecrets[i].Name == name {
-			return true
-		}
+	if pullsWith(pod, name) {
+		return true
 	}
 	for _, list := range [][]v1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
 		for i := range list {
@@ -34,6 +32,11 @@ func uses(pod *v1.Pod, namespace, name string) bool {
 		}
 	}
 	return false
+}
+
+// pullsWith says whether the Secret has credentials for the pod's images.
+func pullsWith(pod *v1.Pod, secret string) bool {
+	return slices.ContainsFunc(pod.Spec.ImagePullSecrets, func(r v1.LocalObjectReference) bool { return r.Name == secret })
 }
 
 func volumeUses(v *v1.VolumeSource, name string) bool {
