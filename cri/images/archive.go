@@ -114,7 +114,8 @@ func (a *imageArchive) blob(ctx context.Context, r io.Reader, hdr *tar.Header, n
 }
 
 func (a *imageArchive) write(ctx context.Context, r io.Reader, size int64, want digest.Digest) (_ ocispec.Descriptor, err error) {
-	ref := fmt.Sprintf("import-%d", a.s.trashed.Add(1))
+	ref, done := a.s.importing()
+	defer done()
 	w, err := content.OpenWriter(ctx, a.s.content, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Digest: want, Size: size}))
 	if errdefs.IsAlreadyExists(err) {
 		desc := ocispec.Descriptor{Digest: want, Size: size}

@@ -112,7 +112,7 @@ func (x *extractor) run(ctx context.Context, r io.Reader) error {
 			break
 		}
 		if err != nil {
-			return fmt.Errorf("layer %s: entry %d of the archive: %w", x.layer, x.entries+1, err)
+			return x.unreadable(err)
 		}
 		x.entries++
 		if x.budget.entries.Add(1) > x.budget.limits.Entries {
@@ -123,6 +123,27 @@ func (x *extractor) run(ctx context.Context, r io.Reader) error {
 		}
 	}
 	return x.finishDirs()
+}
+
+// said is an error told in words of our own.
+type said struct {
+	text string
+	err  error
+}
+
+func (e *said) Error() string { return e.text }
+func (e *said) Unwrap() error { return e.err }
+
+// unreadable tells what is wrong with an archive that cannot be read on.
+func (x *extractor) unreadable(err error) error {
+	cut := errors.Is(err, io.ErrUnexpectedEOF)
+	switch {
+	case x.entries == 0 && (cut || errors.Is(err, tar.ErrHeader)):
+		return &said{fmt.Sprintf("layer %s is no tar archive: this is a signature or another artifact, not a container image, or the layer is damaged", x.layer), errors.Join(err, errdefs.ErrFailedPrecondition)}
+	case cut:
+		return &said{fmt.Sprintf("layer %s is damaged: it ends within entry %d of its archive", x.layer, x.entries+1), errors.Join(err, errdefs.ErrDataLoss)}
+	}
+	return fmt.Errorf("layer %s: entry %d of the archive: %w", x.layer, x.entries+1, err)
 }
 
 // pause lets others go first, and tells when nobody wants the layer any more.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -217,8 +218,8 @@ func keep(now, since time.Time, ttl time.Duration, next *time.Duration) bool {
 }
 
 // collectIngests drops downloads that nobody carries on: those of pulls when
-// they are older than ttl, what Load was reading (its names say nothing about
-// its content) and torn ones at once. No Load may be under way.
+// they are older than ttl, what a Load has left (its names say nothing about
+// its content) and torn ones at once.
 func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *time.Duration) error {
 	root := filepath.Join(s.cfg.Dir, "content", "ingest")
 	entries, err := os.ReadDir(root)
@@ -236,18 +237,29 @@ func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *tim
 			}
 		}
 		s.mu.Lock() // a fetch is entered under mu before it opens its ingest
-		busy := false
-		for _, list := range s.fetches {
-			for _, f := range list {
-				busy = busy || digest.FromString(f.ref).Encoded() == e.Name()
-			}
-		}
-		if !busy {
+		if !s.ingesting(e.Name()) {
 			errs = append(errs, os.Rename(dir, s.trash(e.Name())))
 		}
 		s.mu.Unlock()
 	}
 	return errors.Join(errs...)
+}
+
+// ingesting tells whether somebody writes the ingest that has this directory.
+// The caller holds s.mu.
+func (s *Store) ingesting(dir string) bool {
+	is := func(ref string) bool { return digest.FromString(ref).Encoded() == dir }
+	for ref := range s.imports {
+		if is(ref) {
+			return true
+		}
+	}
+	for _, list := range s.fetches {
+		if slices.ContainsFunc(list, func(f *fetch) bool { return is(f.ref) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // emptyTrash deletes what was moved out of the way: trees that containers have

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	cimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -214,6 +216,7 @@ type remote struct {
 	s    *Store
 	reg  *registry
 	auth authKey
+	top  digest.Digest // what the reference names
 	// slots bound the transfers of this pull. There is no bound over all
 	// pulls: three slow ones would block every other.
 	slots *semaphore.Weighted
@@ -232,6 +235,15 @@ func (r *remote) blob(ctx context.Context, desc ocispec.Descriptor, have *atomic
 			return err
 		}
 		err = r.s.fetchBlob(ctx, from, origin{r.reg.ref.host, r.auth, skip}, r.slots, desc, have, moved)
+		if refused(err) && r.reg.logIn(ctx) {
+			continue
+		}
+		if errdefs.IsNotFound(err) && desc.Digest == r.top {
+			// Some have manifests by their tags only.
+			if d, raw, merr := r.reg.manifest(ctx, desc.Digest); merr == nil {
+				return r.s.putManifest(ctx, d, raw)
+			}
+		}
 		if err == nil || ctx.Err() != nil || !(errors.Is(err, errWrong) || transient(err)) {
 			return err
 		}
@@ -240,6 +252,12 @@ func (r *remote) blob(ctx context.Context, desc ocispec.Descriptor, have *atomic
 		}
 		r.s.log.Warn("a host serves bad content, the next one is asked", "ref", r.reg.ref.String(), "blob", desc.Digest, "error", err)
 	}
+}
+
+// refused tells whether the registry answered that there is nothing for us.
+func refused(err error) bool {
+	var status remoteerrors.ErrUnexpectedStatus
+	return errdefs.IsNotFound(err) || errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden)
 }
 
 // hosts returns the fetcher in use and how many hosts it leaves out.
@@ -281,15 +299,21 @@ func (s *Store) pull(ctx context.Context, t target, auth *runtimeapi.AuthConfig,
 	l, release := s.lease(false)
 	defer release()
 
-	_, desc, err := reg.resolver.Resolve(ctx, t.String())
+	desc, raw, err := reg.resolve(ctx)
 	if err != nil {
 		return nil, reg.explain(ctx, "resolve", &remoteError{err})
+	}
+	if raw != nil {
+		s.hold(l, []digest.Digest{desc.Digest}, nil)
+		if err := s.putManifest(ctx, desc, raw); err != nil {
+			return nil, fmt.Errorf("pull %s: %w", t, diskFull(err))
+		}
 	}
 	names := &record{Digests: []string{t.repo + "@" + desc.Digest.String()}}
 	if t.tag != "" {
 		names.Tags = []string{t.String()}
 	}
-	from := &remote{s: s, reg: reg, auth: authKeyOf(auth), slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
+	from := &remote{s: s, reg: reg, auth: authKeyOf(auth), top: desc.Digest, slots: semaphore.NewWeighted(int64(s.cfg.MaxConcurrentDownloads))}
 	r, err := s.assemble(ctx, l, from, desc, p)
 	if err != nil {
 		s.abandon(l)
@@ -340,6 +364,9 @@ func (s *Store) assemble(ctx context.Context, l *lease, from source, desc ocispe
 	if n := len(m.Layers); n > s.cfg.Limits.Layers {
 		return nil, fmt.Errorf("image has %d layers, at most %d are allowed: %w", n, s.cfg.Limits.Layers, ErrHostile)
 	}
+	if err := s.checkLayers(m.Layers); err != nil {
+		return nil, err
+	}
 	raw, err := s.small(ctx, l, from, m.Config)
 	if err != nil {
 		return nil, err
@@ -352,9 +379,6 @@ func (s *Store) assemble(ctx context.Context, l *lease, from source, desc ocispe
 	var total int64
 	var blobs []digest.Digest
 	for i, d := range m.Layers {
-		if strings.Contains(d.MediaType, "encrypted") {
-			return nil, fmt.Errorf("layer %s is encrypted (%s), which podd does not support: %w", d.Digest, clip(d.MediaType), errdefs.ErrNotImplemented)
-		}
 		blobs = append(blobs, d.Digest)
 		total += d.Size
 		r.Layers = append(r.Layers, layer{Blob: d.Digest, Size: d.Size, DiffID: r.config.RootFS.DiffIDs[i]})
@@ -364,6 +388,9 @@ func (s *Store) assemble(ctx context.Context, l *lease, from source, desc ocispe
 		r.Layers[i].Chain = chains[i]
 	}
 	s.hold(l, blobs, chains)
+	if err := s.checkRoom(ctx, m.Layers); err != nil {
+		return nil, err
+	}
 	p.change(func(now *Progress) {
 		now.Stage, now.Layers, now.Total = stageDownloading, len(r.Layers), total
 	})
@@ -378,6 +405,66 @@ func (s *Store) assemble(ctx context.Context, l *lease, from source, desc ocispe
 		return nil, err
 	}
 	return r, s.syncLayers(fs, chains)
+}
+
+// checkLayers looks at what a manifest says of its layers.
+func (s *Store) checkLayers(layers []ocispec.Descriptor) error {
+	var total int64
+	for _, d := range layers {
+		switch {
+		case strings.Contains(d.MediaType, "encrypted"):
+			return fmt.Errorf("layer %s is encrypted (%s), which podd does not support: %w", d.Digest, clip(d.MediaType), errdefs.ErrNotImplemented)
+		case strings.HasSuffix(d.MediaType, "json"):
+			return fmt.Errorf("layer %s is a %s: this is a signature or another document about an image, not a container image: %w", d.Digest, clip(d.MediaType), errdefs.ErrFailedPrecondition)
+		}
+		// One that is compressed to no less is no reason to take more.
+		if d.Size > s.cfg.Limits.UnpackedSize-total {
+			return fmt.Errorf("layers of more than %d bytes, which is what an image may unpack to (layer %s has %d): %w", s.cfg.Limits.UnpackedSize, d.Digest, d.Size, ErrHostile)
+		}
+		total += d.Size
+	}
+	return nil
+}
+
+// checkRoom compares what is still to be fetched with the space that is free.
+// Nothing is reserved: a pull that never ends would keep it from others.
+func (s *Store) checkRoom(ctx context.Context, layers []ocispec.Descriptor) error {
+	missing := map[digest.Digest]int64{}
+	for _, d := range layers {
+		if _, err := s.content.Info(ctx, d.Digest); errdefs.IsNotFound(err) {
+			missing[d.Digest] = d.Size
+		}
+	}
+	var need int64
+	for _, n := range missing {
+		need += n
+	}
+	if need == 0 {
+		return nil
+	}
+	partial, err := s.content.ListStatuses(ctx)
+	if err == nil {
+		for _, st := range partial {
+			for d := range missing {
+				if strings.HasPrefix(st.Ref, ingestPrefix+d.String()+"@") {
+					need -= min(st.Offset, missing[d])
+				}
+			}
+		}
+	}
+	return s.roomFor(need, "the image's layers")
+}
+
+// roomFor says whether bytes could be written now.
+func (s *Store) roomFor(need int64, what string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
+		return fmt.Errorf("image store: %w", &os.PathError{Op: "statfs", Path: s.cfg.Dir, Err: err})
+	}
+	if free := int64(st.Bavail) * st.Bsize; need > free {
+		return fmt.Errorf("%s take %d bytes, and %d are free: %w", what, need, free, unix.ENOSPC)
+	}
+	return nil
 }
 
 // layersOf downloads and unpacks all layers, each as soon as it is there.
@@ -448,9 +535,6 @@ func (s *Store) manifest(ctx context.Context, l *lease, from source, desc ocispe
 	if desc.Size < 0 || desc.Size > s.cfg.Limits.ManifestSize {
 		return nil, fmt.Errorf("manifest %s has %d bytes, at most %d are allowed: %w", desc.Digest, desc.Size, s.cfg.Limits.ManifestSize, ErrHostile)
 	}
-	if desc.MediaType == cimages.MediaTypeDockerSchema1Manifest {
-		return nil, fmt.Errorf("manifest %s is Docker schema 1, which registries gave up: push the image again with a current tool: %w", desc.Digest, errdefs.ErrNotImplemented)
-	}
 	if !cimages.IsManifestType(desc.MediaType) && !cimages.IsIndexType(desc.MediaType) {
 		// A registry that says something vague: its content decides below, but
 		// the fetcher must ask for a manifest.
@@ -468,8 +552,11 @@ func (s *Store) manifest(ctx context.Context, l *lease, from source, desc ocispe
 		Config        *ocispec.Descriptor   `json:"config"`
 		FSLayers      json.RawMessage       `json:"fsLayers"`
 	}
+	if isWebPage(raw) {
+		return nil, fmt.Errorf("manifest %s: %w", desc.Digest, errWebPage)
+	}
 	if err := json.Unmarshal(raw, &doc); err != nil {
-		return nil, fmt.Errorf("manifest %s: %v: %w", desc.Digest, err, ErrHostile)
+		return nil, fmt.Errorf("manifest %s is no JSON document, so this is no container image (%v): %w", desc.Digest, err, ErrHostile)
 	}
 	switch {
 	case doc.FSLayers != nil:

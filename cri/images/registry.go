@@ -33,13 +33,17 @@ type registry struct {
 	resolver remotes.Resolver
 	hosts    docker.RegistryHosts
 
-	ref    target
-	creds  credentials
-	stall  time.Duration
-	rate   int64
-	mu     sync.Mutex
-	idle   []func() // closes of the transports
-	failed []failure
+	ref          target
+	creds        credentials
+	stall        time.Duration
+	rate         int64
+	manifestSize int64
+
+	mu       sync.Mutex
+	known    map[string][]docker.RegistryHost // by host of a reference: one log-in for all that is asked
+	idle     []func()                         // closes of the transports
+	failed   []failure
+	loggedIn bool // see logIn
 }
 
 // failure is one answer of a registry that was no success.
@@ -56,17 +60,42 @@ func (s *Store) registry(ctx context.Context, ref target, auth *runtimeapi.AuthC
 	if err != nil {
 		return nil, err
 	}
-	r := &registry{ref: ref, creds: creds, stall: s.cfg.StallTimeout, rate: s.cfg.MinRate}
-	opts := config.HostOptions{
-		Credentials:  creds.lookup,
-		UpdateClient: r.client,
+	r := &registry{
+		ref: ref, creds: creds, stall: s.cfg.StallTimeout, rate: s.cfg.MinRate, manifestSize: s.cfg.Limits.ManifestSize,
+		known: map[string][]docker.RegistryHost{},
 	}
+	opts := config.HostOptions{UpdateClient: r.client}
 	if s.cfg.RegistryConfigPath != "" {
 		opts.HostDir = hostDir(s.cfg.RegistryConfigPath)
 	}
-	r.hosts = config.ConfigureHosts(ctx, opts)
+	configured := config.ConfigureHosts(ctx, opts)
+	r.hosts = func(host string) ([]docker.RegistryHost, error) { return r.bound(host, configured) }
 	r.resolver = docker.NewResolver(docker.ResolverOptions{Hosts: r.hosts, Headers: userAgent()})
 	return r, nil
+}
+
+// bound returns the hosts of a reference's host, each with its account.
+func (r *registry) bound(host string, configured docker.RegistryHosts) ([]docker.RegistryHost, error) {
+	r.mu.Lock()
+	known, ok := r.known[host]
+	r.mu.Unlock()
+	if ok {
+		return slices.Clone(known), nil
+	}
+	all, err := configured(host)
+	if err != nil {
+		return nil, err
+	}
+	for i := range all {
+		all[i] = r.bind(all[i])
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if known, ok := r.known[host]; ok {
+		return slices.Clone(known), nil
+	}
+	r.known[host] = all
+	return slices.Clone(all), nil
 }
 
 // able returns the hosts that may serve content, in the order in which they
@@ -128,6 +157,7 @@ func (r *registry) client(c *http.Client) error {
 	if t, ok := c.Transport.(*http.Transport); ok {
 		t.ResponseHeaderTimeout = r.stall
 		t.MaxIdleConnsPerHost = 4
+		t.MaxResponseHeaderBytes = maxHeader
 		r.mu.Lock()
 		r.idle = append(r.idle, t.CloseIdleConnections)
 		r.mu.Unlock()
@@ -145,20 +175,20 @@ func (r *registry) close() {
 	}
 }
 
-// watched notes what went wrong, adds a registry token, and ends transfers
-// that stall.
+// watched notes what went wrong, bounds what comes, and ends transfers that
+// stall.
 type watched struct {
 	next http.RoundTripper
 	r    *registry
 }
 
 func (w *watched) RoundTrip(req *http.Request) (*http.Response, error) {
-	if tok := w.r.creds.token; tok != "" && req.Header.Get("Authorization") == "" && w.r.creds.mine(req.URL.Host) {
-		req = req.Clone(req.Context())
-		req.Header.Set("Authorization", "Bearer "+tok)
-	}
 	ctx, cancel := context.WithCancelCause(req.Context())
-	resp, err := w.next.RoundTrip(req.WithContext(ctx))
+	ours := req.Clone(ctx)
+	if ours.Header.Get("Accept-Encoding") != "" { // the library would take zstd with any window
+		ours.Header.Set("Accept-Encoding", "identity")
+	}
+	resp, err := w.next.RoundTrip(ours)
 	if err != nil {
 		cancel(nil)
 		var notTLS tls.RecordHeaderError // plain HTTP on localhost is tried next
@@ -186,6 +216,10 @@ func (w *watched) RoundTrip(req *http.Request) (*http.Response, error) {
 		w.r.note(f)
 	}
 	resp.Body = newPaced(resp.Body, cancel, w.r.stall, w.r.rate)
+	if err := w.r.checkAnswer(req, resp); err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
 	return resp, nil
 }
 
@@ -322,7 +356,7 @@ func (r *registry) explain(ctx context.Context, what string, err error) error {
 		return fmt.Errorf("pull %s: %s: %w", r.ref, what, context.Cause(ctx))
 	}
 	var far *remoteError
-	if !errors.As(err, &far) || errors.Is(err, ErrHostile) || errdefs.IsDataLoss(err) || errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err) {
+	if !errors.As(err, &far) || errors.Is(err, ErrHostile) || errors.Is(err, errNotSent) || errdefs.IsDataLoss(err) || errdefs.IsInvalidArgument(err) || errdefs.IsFailedPrecondition(err) {
 		return fmt.Errorf("pull %s: %s: %w", r.ref, what, diskFull(err))
 	}
 	kind, remedy := error(nil), ""
@@ -452,10 +486,12 @@ func (c credentials) lookup(host string) (string, string, error) {
 	if c.secret != "" && c.mine(host) {
 		return c.user, c.secret, nil
 	}
-	if up, ok := c.file[canonicalHost(host)]; ok {
-		return up[0], up[1], nil
-	}
-	return "", "", nil
+	return c.fromFile(host)
+}
+
+func (c credentials) fromFile(host string) (string, string, error) {
+	up := c.file[canonicalHost(host)]
+	return up[0], up[1], nil
 }
 
 // canonicalHost: Docker Hub goes by three names.

@@ -49,6 +49,7 @@ type Store struct {
 	unpacked   chan struct{}              // closed, and replaced, when a layer comes to layers
 	fetches    map[digest.Digest][]*fetch // oldest first
 	pulls      map[pullKey]*pull
+	imports    map[string]struct{} // ingests of Load under way
 	leases     map[*lease]struct{}
 	snapshots  map[string]snapshot
 	orphans    map[digest.Digest]orphan // blobs that no record vouches for: of pulls that did not end well
@@ -109,6 +110,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		raceAfter:     raceAfter,
 		fetches:       map[digest.Digest][]*fetch{},
 		pulls:         map[pullKey]*pull{},
+		imports:       map[string]struct{}{},
 		leases:        map[*lease]struct{}{},
 		snapshots:     map[string]snapshot{},
 		orphans:       map[digest.Digest]orphan{},
@@ -304,6 +306,19 @@ type lease struct {
 	all    bool // everything: a Load does not know its digests beforehand
 	blobs  map[digest.Digest]struct{}
 	chains map[digest.Digest]struct{}
+}
+
+// importing names a new ingest, which the collector spares until done.
+func (s *Store) importing() (ref string, done func()) {
+	ref = fmt.Sprintf("import-%d", s.trashed.Add(1))
+	s.mu.Lock()
+	s.imports[ref] = struct{}{}
+	s.mu.Unlock()
+	return ref, func() {
+		s.mu.Lock()
+		delete(s.imports, ref)
+		s.mu.Unlock()
+	}
 }
 
 // lease returns a new lease and what gives it back.
