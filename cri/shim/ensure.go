@@ -145,8 +145,10 @@ func spawn(runDir, binary string) (<-chan error, error) {
 		_ = os.Rename(startLog(runDir), startLog(runDir)+".last")
 	}
 	out, err := os.OpenFile(startLog(runDir), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return nil, err
+	if err != nil { // a full file system is no reason not to start
+		if out, err = os.OpenFile(os.DevNull, os.O_WRONLY, 0); err != nil {
+			return nil, err
+		}
 	}
 	defer out.Close()
 	cmd := exec.Command(binary, "--run-dir", runDir)

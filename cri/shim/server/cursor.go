@@ -21,8 +21,15 @@ import (
 //	writing  the batch's records are being written to the log from offset on
 //	drain    they are written and the unfinished line is in the other slot;
 //	         the spill pipe is being emptied
+//
+// A store into a page that the file system has no room for ends the process
+// (SIGBUS). So the page of the fields is reserved before anything is pumped, and
+// a slot before it is used, see room: most containers never write an unfinished
+// line, and need none. What has been reserved stays.
 type cursor struct {
-	mem []byte
+	mem  []byte
+	path string
+	has  [2][2]bool // [stream][slot]: reserved
 }
 
 const (
@@ -49,7 +56,7 @@ const (
 	curIno     = 48
 	curSlot    = 56 // current slot, one uint32 per stream
 	curLen     = 64 // [stream][slot] uint32
-	curFinal   = 80 // the batch ends its stream
+	curFinal   = 80 // nothing of the batch is kept for the next one
 	curNext    = 84 // slot of the staged unfinished line
 )
 
@@ -63,16 +70,38 @@ func openCursor(path string) (*cursor, error) {
 	if err := f.Truncate(cursorSize); err != nil {
 		return nil, fmt.Errorf("size %s: %w", path, err)
 	}
+	if err := reserve(f, 0, cursorSlots); err != nil {
+		return nil, err
+	}
 	mem, err := unix.Mmap(int(f.Fd()), 0, cursorSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", path, err)
 	}
-	c := &cursor{mem}
+	c := &cursor{mem: mem, path: path}
 	if *c.u32(curMagic) != cursorMagic || *c.u32(curVersion) != cursorVersion || !c.valid() {
 		clear(mem[:cursorSlots])
 		*c.u32(curMagic), *c.u32(curVersion) = cursorMagic, cursorVersion
 	}
 	return c, nil
+}
+
+// room reserves the slot that the stream's next unfinished line goes to. An
+// error says that it must not be used: the file system is full.
+func (c *cursor) room(stream int) error {
+	slot := 1 - int(*c.u32(curSlot + 4*stream))
+	if c.has[stream][slot] {
+		return nil
+	}
+	f, err := os.OpenFile(c.path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := reserve(f, int64(slotOffset(stream, slot)), maxLine); err != nil {
+		return err
+	}
+	c.has[stream][slot] = true
+	return nil
 }
 
 func (c *cursor) valid() bool {
@@ -105,6 +134,15 @@ func (c *cursor) phase() uint32     { return atomic.LoadUint32(c.u32(curPhase)) 
 func (c *cursor) setStream(i int) { *c.u32(curStream) = uint32(i) }
 func (c *cursor) stream() int     { return int(*c.u32(curStream)) }
 
+// setFinal notes whether all of the batch is logged, its last line too if that
+// is unfinished.
+func (c *cursor) setFinal(yes bool) {
+	*c.u32(curFinal) = 0
+	if yes {
+		*c.u32(curFinal) = 1
+	}
+}
+
 func (c *cursor) put64(off int, v uint64) { binary.NativeEndian.PutUint64(c.mem[off:], v) }
 func (c *cursor) get64(off int) uint64    { return binary.NativeEndian.Uint64(c.mem[off:]) }
 
@@ -124,11 +162,14 @@ func (c *cursor) rest(stream int) []byte {
 }
 
 func (c *cursor) slot(stream, slot int) []byte {
-	off := cursorSlots + (2*stream+slot)*maxLine
+	off := slotOffset(stream, slot)
 	return c.mem[off : off+maxLine]
 }
 
-// stageRest stores the next unfinished line beside the current one.
+func slotOffset(stream, slot int) int { return cursorSlots + (2*stream+slot)*maxLine }
+
+// stageRest stores the next unfinished line beside the current one; there must
+// be room for one that is not empty.
 func (c *cursor) stageRest(stream int, parts [2][]byte) {
 	slot := 1 - int(*c.u32(curSlot + 4*stream))
 	dst := c.slot(stream, slot)

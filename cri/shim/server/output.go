@@ -312,6 +312,7 @@ func (o *output) finishBatch(sc *scratch, stream, n int, end bool) error {
 	if end && len(rest) == 0 {
 		return nil
 	}
+	end = end || !o.canKeep(stream, data)
 	o.file.rotate()
 	now := time.Now()
 	c := o.cur
@@ -319,14 +320,25 @@ func (o *output) finishBatch(sc *scratch, stream, n int, end bool) error {
 	c.put64(curOffset, uint64(o.file.size))
 	c.put64(curDev, o.file.dev)
 	c.put64(curIno, o.file.ino)
-	*c.u32(curFinal) = 0
-	if end {
-		*c.u32(curFinal) = 1
-	}
+	c.setFinal(end)
 	c.setPhase(phaseWriting)
 	o.write(sc, stream, now, rest, data, end, o.file)
 	o.share(stream, data)
 	return o.drop(n)
+}
+
+// canKeep says whether the unfinished line at the end of data, if there is one,
+// can be kept. Otherwise it is logged at once as a part, which readers join with
+// the rest.
+func (o *output) canKeep(stream int, data []byte) bool {
+	if len(data) == 0 || data[len(data)-1] == '\n' {
+		return true
+	}
+	err := o.cur.room(stream)
+	if err != nil {
+		o.log.Debug("unfinished line is logged as a part", "id", o.id, "error", err)
+	}
+	return err == nil
 }
 
 // write formats and writes; the unfinished line is staged. A log that cannot
@@ -390,6 +402,10 @@ func (o *output) resume() error {
 		} else if !end {
 			o.cur.setPhase(phaseIdle) // the spill pipe itself was lost
 			return nil
+		}
+		if !end && !o.canKeep(stream, data) { // a batch of a shim that did not ask before
+			end = true
+			o.cur.setFinal(true)
 		}
 		var w logWriter = o.file
 		if o.file.dev == o.cur.get64(curDev) && o.file.ino == o.cur.get64(curIno) {

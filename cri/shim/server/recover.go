@@ -236,7 +236,7 @@ func (s *Server) recoverContainer(r *record, fds map[string]int) (err error) {
 		_ = os.Remove(filepath.Join(s.path("lc"), id, execFifo))
 		c.rec.Process.State, c.rec.Process.StartedAt = shim.Running, time.Now()
 		if err := s.containers.save(&c.rec); err != nil {
-			return err
+			s.log.Error("save container", "id", id, "error", err) // found out anew next time
 		}
 	}
 	if c.rec.Process.State != shim.Created && !s.events.has(id, shim.EventStarted) {

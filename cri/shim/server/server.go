@@ -174,6 +174,22 @@ func (s *Server) Listen(inherited *os.File) error {
 		return err
 	}
 	defer release()
+	for told := false; ; time.Sleep(retryListen) {
+		err := s.bind(path, addr)
+		if !full(err) {
+			return err
+		}
+		if !told { // containers are served meanwhile
+			told = true
+			s.log.Error("no room for the socket, waiting for it", "error", err)
+		}
+	}
+}
+
+// retryListen is the time between two tries to make the socket in a full file system.
+const retryListen = 100 * time.Millisecond
+
+func (s *Server) bind(path, addr string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}

@@ -86,7 +86,8 @@ type node struct {
 	serial int
 }
 
-func newNode(t testing.TB) *node {
+// newNode starts a shim; prepare may change its run directory before that.
+func newNode(t testing.TB, prepare ...func(dir string)) *node {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: starts containers")
@@ -131,6 +132,9 @@ func newNode(t testing.TB) *node {
 		if err := os.Symlink("busybox", filepath.Join(n.rootfs, "bin", a)); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for _, p := range prepare {
+		p(dir)
 	}
 	ctx := n.ctx()
 	n.Client, err = shim.Ensure(ctx, dir, binary, nil)

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/podd-runtime/podd/cri/shim"
 )
 
@@ -65,24 +67,84 @@ const recordName = "record.json"
 
 func (s *store) dir(id string) string { return filepath.Join(s.root, id) }
 
-// save replaces the record atomically.
+// save replaces the record atomically. Only the first save of a record needs
+// room: see exchange.
 func (s *store) save(r *record) error {
 	r.Version = recordVersion
 	data, err := json.Marshal(r)
 	if err != nil {
 		return fmt.Errorf("encode record of %s: %w", r.Process.ID, err)
 	}
-	path := filepath.Join(s.dir(r.Process.ID), recordName)
-	return writeFileAtomic(path, data)
+	return exchange(filepath.Join(s.dir(r.Process.ID), recordName), data)
+}
+
+// recordBlock is what records' files are made multiples of: the block of every
+// file system that a run directory is on.
+const recordBlock = 4096
+
+// exchange replaces the file atomically without needing room: what is to be
+// told when the file system is full, such as an exit, finds its place taken at
+// creation. There are two files that trade places; the new text is written over
+// the old one of the spare, which is filled up with newlines to whole blocks
+// and is half a block longer than it need be at first. The spare's name is for
+// our own root-only directories, where a fixed one is safe.
+func exchange(path string, data []byte) error {
+	spare := path + ".new"
+	grown, err := overwrite(spare, data)
+	if err != nil {
+		return err
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, spare, unix.AT_FDCWD, path, unix.RENAME_EXCHANGE)
+	switch {
+	case errors.Is(err, unix.ENOENT): // the first save
+		err = os.Rename(spare, path)
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS): // not on this file system
+		return os.Rename(spare, path)
+	case err != nil:
+		err = &os.LinkError{Op: "exchange", Old: spare, New: path, Err: err}
+	}
+	if err == nil && grown { // the other one has to be as long
+		_, err = overwrite(spare, data)
+	}
+	return err
+}
+
+// overwrite writes data and newlines up to the file's size, which never shrinks.
+func overwrite(path string, data []byte) (grown bool, err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return false, err
+	}
+	size := int(st.Size())
+	if size < len(data) {
+		grown = true
+		size = (len(data) + recordBlock/2 + recordBlock - 1) / recordBlock * recordBlock
+	}
+	padded := append(make([]byte, 0, size), data...)
+	for len(padded) < size {
+		padded = append(padded, '\n')
+	}
+	_, err = f.WriteAt(padded, 0)
+	return grown, err
 }
 
 // writeFileAtomic is for our own root-only directories: a fixed temporary name
-// is safe, and its remains are overwritten.
+// is safe. What a write that fails leaves takes no room.
 func writeFileAtomic(path string, data []byte) error {
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		return err
+	temp := path + ".new"
+	err := os.WriteFile(temp, data, 0o600)
+	if err == nil {
+		err = os.Rename(temp, path)
 	}
-	return os.Rename(path+".new", path)
+	if err != nil {
+		_ = os.Remove(temp)
+	}
+	return err
 }
 
 // remove forgets the directory of id.
