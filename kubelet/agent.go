@@ -106,7 +106,7 @@ func Run(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
-	a, err := open(ctx, cfg)
+	a, err := open(ctx, cfg, (*agent).awaitShim)
 	if err != nil {
 		return askedFor(ctx, err)
 	}
@@ -117,11 +117,11 @@ func Run(ctx context.Context, cfg Config) error {
 
 	criListener := cfg.CRIListener
 	if criListener == nil {
-		if criListener, err = api.Listen(cfg.CRISocket); err != nil {
+		if criListener, err = a.listen(ctx, cfg.CRISocket); err != nil {
 			return fmt.Errorf("CRI socket (--cri-socket): %w", err)
 		}
 	}
-	localListener, err := api.Listen(filepath.Join(cfg.RunDir, api.SocketName))
+	localListener, err := a.listen(ctx, filepath.Join(cfg.RunDir, api.SocketName))
 	if err != nil {
 		criListener.Close()
 		return fmt.Errorf("local API (--run-dir): %w", err)
@@ -217,7 +217,7 @@ func (a *agent) heedShutdowns(ctx context.Context) error {
 // running there.
 func Drain(ctx context.Context, cfg Config, grace *int64) error {
 	cfg.Cluster, cfg.Pods.Sources = nil, []string{manifests.SourceName}
-	a, err := open(ctx, cfg)
+	a, err := open(ctx, cfg, (*agent).ensureShim)
 	if err != nil {
 		return err
 	}
@@ -246,8 +246,9 @@ func Drain(ctx context.Context, cfg Config, grace *int64) error {
 	return a.shim.Shutdown(ctx)
 }
 
-// open builds the parts in the order in which they need each other.
-func open(ctx context.Context, cfg Config) (_ *agent, err error) {
+// open builds the parts in the order in which they need each other; shimOf finds
+// podd-shim or has it started.
+func open(ctx context.Context, cfg Config, shimOf func(*agent, context.Context) (*shim.Client, error)) (_ *agent, err error) {
 	a := &agent{cfg: cfg, log: cfg.Log}
 	defer func() {
 		if err != nil {
@@ -277,7 +278,7 @@ func open(ctx context.Context, cfg Config) (_ *agent, err error) {
 	if err := errors.Join(os.MkdirAll(volumesOf, 0o750), os.Chmod(volumesOf, 0o750)); err != nil {
 		return nil, fmt.Errorf("make %s: %w", volumesOf, err)
 	}
-	if a.shim, err = a.openShim(ctx); err != nil {
+	if a.shim, err = a.openShim(ctx, shimOf); err != nil {
 		return nil, err
 	}
 	cfg.Images.Present = func(names []string) {
@@ -384,8 +385,8 @@ func (a *agent) waitEmpty(ctx context.Context) error {
 
 // openShim starts podd-shim, or finds the one that runs, and brings it to the
 // version of our own: in place, its containers do not notice.
-func (a *agent) openShim(ctx context.Context) (*shim.Client, error) {
-	client, err := a.ensureShim(ctx)
+func (a *agent) openShim(ctx context.Context, shimOf func(*agent, context.Context) (*shim.Client, error)) (*shim.Client, error) {
+	client, err := shimOf(a, ctx)
 	if err != nil {
 		return nil, err
 	}

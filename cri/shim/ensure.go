@@ -1,9 +1,11 @@
 package shim
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -86,7 +88,7 @@ func ensure(ctx context.Context, runDir string, slow Slow, start func(context.Co
 			if c.answers(ctx) { // somebody else's was faster
 				return c, nil
 			}
-			return nil, fmt.Errorf("podd-shim ended at once (see %s): %w: %w", startLog(runDir), err, errdefs.ErrUnavailable)
+			return nil, fmt.Errorf("podd-shim ended at once (see %s): %w%s: %w", startLog(runDir), err, lastWords(runDir), errdefs.ErrUnavailable)
 		case <-ctx.Done():
 			return nil, fmt.Errorf("podd-shim does not answer (see %s): %w", startLog(runDir), ctx.Err())
 		case <-time.After(pause):
@@ -121,6 +123,24 @@ func (s Slow) tell(every time.Duration) (enough func()) {
 }
 
 func startLog(runDir string) string { return filepath.Join(Dir(runDir), "start.log") }
+
+// lastWords is what a shim that ended at once said last, to be appended to an
+// error. Where its directory has no room there may be none.
+func lastWords(runDir string) string {
+	if f, err := os.Open(startLog(runDir)); err == nil {
+		defer f.Close()
+		text := make([]byte, 4<<10) // a line or a few; a trace of a crash is left to the file
+		n, _ := io.ReadFull(f, text)
+		if lines := bytes.Split(bytes.TrimSpace(text[:n]), []byte("\n")); n < len(text) && n > 0 {
+			return fmt.Sprintf(": %s", lines[len(lines)-1])
+		}
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(Dir(runDir), &st); err == nil && (st.Bavail == 0 || st.Files > 0 && st.Ffree == 0) {
+		return fmt.Sprintf(": no space left on %s", Dir(runDir))
+	}
+	return ""
+}
 
 // answers tries one Info without waiting for a shim to appear.
 func (c *Client) answers(ctx context.Context) bool {

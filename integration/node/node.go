@@ -29,10 +29,11 @@ import (
 
 // Node is one podd with everything it keeps below Dir.
 type Node struct {
-	t    testing.TB
-	Dir  string
-	Bin  string
-	name string
+	t         testing.TB
+	Dir       string
+	Bin       string
+	name      string
+	ownRunDir bool // the run directory is a mount of this node
 
 	extra  []string
 	client *http.Client
@@ -174,6 +175,39 @@ func Start(t testing.TB, flags ...string) *Node {
 	n := New(t, flags...)
 	n.Start()
 	return n
+}
+
+// TinyRunDir puts the run directory on a file system of its own, of so many
+// bytes. It must be called before the node is started.
+func (n *Node) TinyRunDir(size int) {
+	n.t.Helper()
+	if err := os.Mkdir(n.RunDir(), 0o711); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", n.RunDir(), "tmpfs", 0, fmt.Sprintf("mode=0711,size=%d", size)); err != nil {
+		n.t.Fatal(err)
+	}
+	n.ownRunDir = true
+}
+
+// FillRunDir takes all the room of the run directory's file system; empty gives
+// it back, also that of fillings before.
+func (n *Node) FillRunDir() (empty func()) {
+	n.t.Helper()
+	path := filepath.Join(n.RunDir(), "filler")
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer f.Close()
+	for buf := make([]byte, 64<<10); len(buf) > 0; {
+		if _, err := f.Write(buf); errors.Is(err, syscall.ENOSPC) {
+			buf = buf[:len(buf)/2]
+		} else if err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	return func() { _ = os.Remove(path) }
 }
 
 // RunDir is what --run-dir says.
@@ -630,6 +664,11 @@ func (n *Node) cleanUp() {
 		tail()
 	}
 	n.super.Wait()
+	if n.ownRunDir {
+		if err := syscall.Unmount(n.RunDir(), 0); err != nil && !n.t.Failed() {
+			n.t.Errorf("the run directory is held: %v", err)
+		}
+	}
 	if m := mountsBelow("/proc/self/mountinfo", n.Dir); len(m) > 0 {
 		if !n.t.Failed() {
 			n.t.Errorf("mounts left behind:\n%s", strings.Join(m, "\n"))
