@@ -126,7 +126,7 @@ func BenchmarkExec(b *testing.B) {
 }
 
 // cpuOf a process and of its children that have ended.
-func cpuOf(b *testing.B, pid int) time.Duration {
+func cpuOf(b testing.TB, pid int) time.Duration {
 	b.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

@@ -47,7 +47,7 @@ type container struct {
 
 func newContainer(s *Server, r record) *container {
 	c := &container{s: s, op: newOpLock(), exited: make(chan struct{}), rec: r, pidfd: -1, execs: map[*execution]struct{}{}}
-	c.out = newOutput(r.Process.ID, s.loop, s.log, &s.gzips)
+	c.out = newOutput(r.Process.ID, s.loop, s.log)
 	c.out.onPipe = func(fd int) { c.keep(stored{name: "spill", fd: fd}) }
 	return c
 }

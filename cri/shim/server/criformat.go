@@ -57,6 +57,32 @@ func (f *formatter) flush() {
 	f.out = f.out[:0]
 }
 
+// recordOverhead is what a record has besides its text, at most: a time of 35
+// bytes, a stream's name of 6, a tag, three blanks and the end of the line.
+const recordOverhead = 46
+
+// fits returns how many bytes of data, which follow rest, become records of at
+// most room bytes; at least one record's.
+func fits(rest int, data []byte, room int64) int {
+	most := bytes.Count(data, []byte{'\n'}) + (rest+len(data))/maxLine + 1
+	if int64(rest+len(data)+most*recordOverhead) <= room {
+		return len(data)
+	}
+	n, used := 0, int64(rest)
+	for n < len(data) {
+		step := min(len(data)-n, maxLine)
+		if i := bytes.IndexByte(data[n:n+step], '\n'); i >= 0 {
+			step = i + 1
+		}
+		used += int64(step + recordOverhead)
+		if n > 0 && used > room {
+			break
+		}
+		n += step
+	}
+	return n
+}
+
 // lines formats rest (an unfinished line of before, at most maxLine) followed
 // by data and returns the new unfinished line, again at most maxLine, as what
 // remains of rest and of data. At the end of the stream all is written.

@@ -58,6 +58,7 @@ const (
 	curLen     = 64 // [stream][slot] uint32
 	curFinal   = 80 // nothing of the batch is kept for the next one
 	curNext    = 84 // slot of the staged unfinished line
+	curLeft    = 88 // bytes in the spill pipe behind the batch
 )
 
 // openCursor maps the file; a new or foreign one starts empty.

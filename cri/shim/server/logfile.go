@@ -1,16 +1,13 @@
 package server
 
 import (
-	"compress/gzip"
+	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
-	"sort"
-	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,23 +24,26 @@ const rotatedLayout = "20060102-150405"
 // followed through a symbolic link and must be regular, because pods can write
 // to the log directory when they mount it. Callers serialise.
 type logFile struct {
-	path     string
-	maxSize  int64
-	maxFiles int
-	log      *slog.Logger
+	path    string
+	maxSize int64 // 0: not rotated
+	log     *slog.Logger
 
 	fd   int
 	size int64 // bytes in the current file
 	dev  uint64
 	ino  uint64
 
-	gzips *sync.WaitGroup // compressions under way
+	old *oldLogs // nil: not rotated
 }
 
-func openLog(path string, maxSize int64, maxFiles int, gzips *sync.WaitGroup, log *slog.Logger) (*logFile, error) {
-	l := &logFile{path: path, maxSize: maxSize, maxFiles: max(maxFiles, 2), fd: -1, log: log, gzips: gzips}
+// openLog opens the log; pace is charged for what is done to its old files.
+func openLog(path string, maxSize int64, maxFiles int, pace *pace, log *slog.Logger) (*logFile, error) {
+	l := &logFile{path: path, maxSize: maxSize, fd: -1, log: log}
 	if err := l.reopen(); err != nil {
 		return nil, err
+	}
+	if maxSize > 0 {
+		l.old = newOldLogs(path, maxSize, max(maxFiles, 2)-1, pace, log)
 	}
 	return l, nil
 }
@@ -75,6 +75,8 @@ func (l *logFile) reopen() error {
 	return nil
 }
 
+// Write appends whole records. Of those that have no room the first ones may be
+// there, none in part.
 func (l *logFile) Write(p []byte) (int, error) {
 	done := 0
 	for done < len(p) {
@@ -83,7 +85,9 @@ func (l *logFile) Write(p []byte) (int, error) {
 			continue
 		}
 		if err != nil {
-			return done, err
+			whole := bytes.LastIndexByte(p[:done], '\n') + 1
+			l.cut(l.size - int64(done-whole))
+			return whole, err
 		}
 		done += n
 		l.size += int64(n)
@@ -91,32 +95,63 @@ func (l *logFile) Write(p []byte) (int, error) {
 	return done, nil
 }
 
-// rotate moves a full file aside and starts a new one. What fails leaves the
-// current file in use: no line is lost for the sake of rotation.
+// cut removes what is behind size.
+func (l *logFile) cut(size int64) {
+	if size < l.size && unix.Ftruncate(l.fd, size) == nil {
+		l.size = size
+	}
+}
+
+// room is what the current file may still take before it is rotated, at least
+// one record. A file is longer than the limit by no more than that.
+func (l *logFile) room() int64 {
+	if l.maxSize <= 0 {
+		return math.MaxInt64
+	}
+	return max(l.maxSize-l.size, 1)
+}
+
+// rotate moves a full file aside, starts a new one and removes those beyond the
+// number that is kept. What fails leaves the current file in use: no line is
+// lost for the sake of rotation.
 func (l *logFile) rotate() {
 	if l.maxSize <= 0 || l.size < l.maxSize {
 		return
 	}
-	rotated := l.path + "." + time.Now().Format(rotatedLayout)
-	if _, err := os.Lstat(rotated); err == nil {
-		return // twice within a second: the file may grow until the next one
-	}
-	if err := os.Rename(l.path, rotated); err != nil {
+	name := l.nextName()
+	if err := os.Rename(l.path, l.path+"."+name); err != nil {
 		if !errors.Is(err, os.ErrNotExist) {
 			l.log.Warn("rotate log", "path", l.path, "error", err)
 			return
 		}
 		// Somebody moved it; a new file is due all the same.
+		name = ""
 	}
 	if err := l.reopen(); err != nil {
 		l.log.Warn("reopen rotated log", "path", l.path, "error", err)
-		return
 	}
-	l.gzips.Add(1)
-	go func() {
-		defer l.gzips.Done()
-		tidyLogs(l.path, l.maxFiles, l.log)
-	}()
+	l.old.add(name)
+}
+
+// nextName is the suffix of the file that is rotated now. Where a second has
+// more than one they have a fraction, which Go's time.Parse reads by the same
+// layout.
+func (l *logFile) nextName() string {
+	now := time.Now()
+	name := now.Format(rotatedLayout)
+	if name > l.old.newest() {
+		return name
+	}
+	return max(now.Format(rotatedLayout+".000000"), after(l.old.newest()))
+}
+
+// after is a suffix that sorts behind the given one, which is not in the past.
+func after(name string) string {
+	t, err := time.ParseInLocation(rotatedLayout, name, time.Local)
+	if err != nil {
+		return name + "0"
+	}
+	return t.Add(time.Microsecond).Format(rotatedLayout + ".000000")
 }
 
 func (l *logFile) close() {
@@ -124,76 +159,4 @@ func (l *logFile) close() {
 		unix.Close(l.fd)
 		l.fd = -1
 	}
-}
-
-// tidying keeps compression to one file at a time on the whole node.
-var tidying sync.Mutex
-
-// tidyLogs removes what is beyond maxFiles (the current file included) and
-// compresses all rotated files but the newest, which readers may still follow.
-func tidyLogs(path string, maxFiles int, log *slog.Logger) {
-	tidying.Lock()
-	defer tidying.Unlock()
-	names, err := filepath.Glob(globEscape(path) + ".*")
-	if err != nil {
-		log.Warn("list rotated logs", "path", path, "error", err)
-		return
-	}
-	var rotated []string
-	for _, n := range names {
-		suffix := strings.TrimSuffix(strings.TrimPrefix(n, path+"."), ".gz")
-		if strings.HasSuffix(n, ".tmp") {
-			_ = os.Remove(n)
-		} else if _, err := time.Parse(rotatedLayout, suffix); err == nil {
-			rotated = append(rotated, n)
-		}
-	}
-	sort.Strings(rotated) // oldest first
-	for len(rotated) > maxFiles-1 {
-		if err := os.Remove(rotated[0]); err != nil {
-			log.Warn("remove old log", "path", rotated[0], "error", err)
-		}
-		rotated = rotated[1:]
-	}
-	for i, n := range rotated {
-		if i == len(rotated)-1 || strings.HasSuffix(n, ".gz") {
-			continue
-		}
-		if err := compress(n); err != nil {
-			log.Warn("compress rotated log", "path", n, "error", err)
-		}
-	}
-}
-
-func globEscape(path string) string {
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
-}
-
-func compress(path string) error {
-	src, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	tmp := path + ".tmp"
-	dst, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o640)
-	if err != nil {
-		return err
-	}
-	z, _ := gzip.NewWriterLevel(dst, gzip.BestSpeed)
-	_, err = io.Copy(z, src)
-	if e := z.Close(); err == nil {
-		err = e
-	}
-	if e := dst.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		err = os.Rename(tmp, path+".gz")
-	}
-	if err != nil {
-		_ = os.Remove(tmp)
-		return err
-	}
-	return os.Remove(path)
 }

@@ -43,7 +43,7 @@ type output struct {
 	id     string
 	loop   *loop
 	log    *slog.Logger
-	gzips  *sync.WaitGroup
+	pace   *pace
 	onPipe func(spill int) // keeps a new spill pipe in the descriptor store
 
 	mu      sync.Mutex // one batch at a time; guards all below
@@ -70,8 +70,8 @@ type stream struct {
 	eof    bool
 }
 
-func newOutput(id string, l *loop, log *slog.Logger, gzips *sync.WaitGroup) *output {
-	return &output{id: id, loop: l, log: log, gzips: gzips, spill: -1, sinks: map[*sink]struct{}{}}
+func newOutput(id string, l *loop, log *slog.Logger) *output {
+	return &output{id: id, loop: l, log: log, pace: newPace(), spill: -1, sinks: map[*sink]struct{}{}}
 }
 
 // open prepares log and cursor; "" drops the output.
@@ -79,7 +79,7 @@ func (o *output) open(cursorPath, logPath string, maxSize int64, maxFiles int) (
 	if logPath == "" {
 		return nil
 	}
-	if o.file, err = openLog(logPath, maxSize, maxFiles, o.gzips, o.log); err != nil {
+	if o.file, err = openLog(logPath, maxSize, maxFiles, o.pace, o.log); err != nil {
 		o.file = nil
 		return err
 	}
@@ -125,7 +125,11 @@ func (s *stream) pump() {
 	defer putScratch(sc)
 	for {
 		s.out.mu.Lock()
-		more, err := s.batch(sc)
+		more := false
+		err := s.out.pace.charge(func() (err error) {
+			more, err = s.batch(sc)
+			return err
+		})
 		if err != nil {
 			more = s.failed(err)
 		}
@@ -141,6 +145,7 @@ func (s *stream) pump() {
 		if !more {
 			return
 		}
+		s.out.pace.await() // the pipe fills up meanwhile, and holds the container
 	}
 }
 
@@ -299,7 +304,8 @@ func (s *stream) end() {
 }
 
 // finishBatch logs n bytes that are in the spill pipe (with end: and the
-// unfinished line) and empties the pipe.
+// unfinished line) and empties the pipe. It does so in batches that leave no
+// file of the log longer than it may be.
 func (o *output) finishBatch(sc *scratch, stream, n int, end bool) error {
 	var data []byte
 	if n > 0 {
@@ -308,12 +314,26 @@ func (o *output) finishBatch(sc *scratch, stream, n int, end bool) error {
 			return err
 		}
 	}
-	rest := o.cur.rest(stream)
-	if end && len(rest) == 0 {
-		return nil
+	for {
+		if end && len(data) == 0 && len(o.cur.rest(stream)) == 0 {
+			return nil
+		}
+		o.file.rotate()
+		now := fits(len(o.cur.rest(stream)), data, o.file.room())
+		left := len(data) - now
+		if err := o.logBatch(sc, stream, data[:now], left, end && left == 0); err != nil {
+			return err
+		}
+		if data = data[now:]; len(data) == 0 {
+			return nil
+		}
 	}
+}
+
+// logBatch logs data, the first bytes in the spill pipe, and takes them out; so
+// many are left.
+func (o *output) logBatch(sc *scratch, stream int, data []byte, left int, end bool) error {
 	end = end || !o.canKeep(stream, data)
-	o.file.rotate()
 	now := time.Now()
 	c := o.cur
 	c.setTime(now)
@@ -321,10 +341,11 @@ func (o *output) finishBatch(sc *scratch, stream, n int, end bool) error {
 	c.put64(curDev, o.file.dev)
 	c.put64(curIno, o.file.ino)
 	c.setFinal(end)
+	*c.u32(curLeft) = uint32(left)
 	c.setPhase(phaseWriting)
-	o.write(sc, stream, now, rest, data, end, o.file)
+	o.write(sc, stream, now, c.rest(stream), data, end, o.file)
 	o.share(stream, data)
-	return o.drop(n)
+	return o.drop(len(data))
 }
 
 // canKeep says whether the unfinished line at the end of data, if there is one,
@@ -342,9 +363,9 @@ func (o *output) canKeep(stream int, data []byte) bool {
 }
 
 // write formats and writes; the unfinished line is staged. A log that cannot
-// be written (disk full) loses the batch rather than stopping the container.
-func (o *output) write(sc *scratch, stream int, at time.Time, rest, data []byte, end bool, w logWriter) {
-	start := o.file.size
+// be written (disk full) loses what has no room rather than stopping the
+// container.
+func (o *output) write(sc *scratch, stream int, at time.Time, rest, data []byte, end bool, w logWriter) (whole bool) {
 	sc.format.begin(w, at, streamNames[stream])
 	next := sc.format.lines(rest, data, end)
 	o.cur.stageRest(stream, next)
@@ -354,12 +375,10 @@ func (o *output) write(sc *scratch, stream int, at time.Time, rest, data []byte,
 			o.log.Error("write log, output is lost", "id", o.id, "path", o.file.path, "error", err)
 		}
 		o.failing = true
-		if unix.Ftruncate(o.file.fd, start) == nil { // no torn record
-			o.file.size = start
-		}
-		return
+		return false
 	}
 	o.failing = false
+	return true
 }
 
 // drop empties the spill pipe of n bytes and ends the batch.
@@ -370,7 +389,8 @@ func (o *output) drop(n int) error {
 	return err
 }
 
-// resume finishes the batch that was under way when the last shim died.
+// resume finishes the batch that was under way when the last shim died, and what
+// was moved with it.
 func (o *output) resume() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -386,39 +406,51 @@ func (o *output) resume() error {
 	}
 	sc := getScratch()
 	defer putScratch(sc)
-	stream, end := o.cur.stream(), *o.cur.u32(curFinal) == 1
+	left := min(int(*o.cur.u32(curLeft)), held)
+	var err error
 	switch o.cur.phase() {
-	case phaseIdle:
-		if held > 0 { // moved, but not looked at
-			return o.finishBatch(sc, stream, held, false)
-		}
 	case phaseWriting:
-		var data []byte
-		if held > 0 {
-			var err error
-			if data, err = sc.peek(o.spill, held); err != nil {
-				return err
-			}
-		} else if !end {
-			o.cur.setPhase(phaseIdle) // the spill pipe itself was lost
-			return nil
-		}
-		if !end && !o.canKeep(stream, data) { // a batch of a shim that did not ask before
-			end = true
-			o.cur.setFinal(true)
-		}
-		var w logWriter = o.file
-		if o.file.dev == o.cur.get64(curDev) && o.file.ino == o.cur.get64(curIno) {
-			if done := o.file.size - int64(o.cur.get64(curOffset)); done > 0 {
-				w = &skipWriter{skip: done, w: o.file}
-			}
-		}
-		o.write(sc, stream, o.cur.time(), o.cur.rest(stream), data, end, w)
-		return o.drop(held)
+		err = o.resumeWriting(sc, held-left)
 	case phaseDrain:
-		return o.drop(held)
+		err = o.drop(held - left)
+	default:
+		left = held // moved, but not looked at
 	}
-	return nil
+	if err == nil && left > 0 {
+		err = o.finishBatch(sc, o.cur.stream(), left, false)
+	}
+	return err
+}
+
+// resumeWriting goes on with a batch of n bytes of which the log may have a part.
+func (o *output) resumeWriting(sc *scratch, n int) error {
+	stream, end := o.cur.stream(), *o.cur.u32(curFinal) == 1
+	var data []byte
+	if n > 0 {
+		var err error
+		if data, err = sc.peek(o.spill, n); err != nil {
+			return err
+		}
+	} else if !end {
+		o.cur.setPhase(phaseIdle) // the spill pipe itself was lost
+		return nil
+	}
+	if !end && !o.canKeep(stream, data) { // a batch of a shim that did not ask before
+		end = true
+		o.cur.setFinal(true)
+	}
+	var w logWriter = o.file
+	begin := o.file.size
+	if o.file.dev == o.cur.get64(curDev) && o.file.ino == o.cur.get64(curIno) {
+		begin = min(begin, int64(o.cur.get64(curOffset)))
+		if done := o.file.size - begin; done > 0 {
+			w = &skipWriter{skip: done, w: o.file}
+		}
+	}
+	if !o.write(sc, stream, o.cur.time(), o.cur.rest(stream), data, end, w) {
+		o.file.cut(begin) // it may have ended within a record
+	}
+	return o.drop(n)
 }
 
 // skipWriter leaves out what is in the file already.

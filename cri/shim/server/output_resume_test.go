@@ -1,11 +1,13 @@
 package server
 
 import (
+	"bytes"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -26,7 +28,7 @@ func (p *pumpFixture) open(spill int) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.out = newOutput("c", l, slog.New(slog.DiscardHandler), new(sync.WaitGroup))
+	p.out = newOutput("c", l, slog.New(slog.DiscardHandler))
 	p.out.spill = spill
 	if err := p.out.open(filepath.Join(p.dir, "cursor"), filepath.Join(p.dir, "log"), 0, 0); err != nil {
 		p.t.Fatal(err)
@@ -140,6 +142,89 @@ func TestResume(t *testing.T) {
 				t.Errorf("records %q, want %q", got, want)
 			}
 		})
+	}
+}
+
+// TestResumeAmongRotations stops the pump within a batch that needs several
+// files of the log, at each of them: each line is in one of them once.
+func TestResumeAmongRotations(t *testing.T) {
+	const limit, count = 1000, 200
+	var text strings.Builder
+	for i := range count {
+		fmt.Fprintf(&text, "%d\n", i)
+	}
+	for stop := 0; ; stop++ {
+		p := newPump(t)
+		rotating := func() {
+			p.out.file.maxSize = limit
+			p.out.file.old = newOldLogs(p.out.file.path, limit, count, p.out.pace, p.out.log)
+		}
+		rotating()
+		if err := p.out.needSpill(); err != nil {
+			t.Fatal(err)
+		}
+		p.fifo.WriteString(text.String() + "half")
+		sc := getScratch()
+		n := p.take(sc)
+		data, err := sc.peek(p.out.spill, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data = bytes.Clone(data)
+		stopped := false
+		for i := 0; len(data) > 0; i++ { // as finishBatch
+			p.out.file.rotate()
+			now := fits(len(p.out.cur.rest(stdout)), data, p.out.file.room())
+			if i == stop/2 { // written, or written in part, and no more
+				at := time.Now()
+				*p.out.cur.u32(curLeft) = uint32(len(data) - now)
+				p.note(at)
+				w := &limitWriter{w: p.out.file, left: 1 << 20}
+				if stop%2 == 1 {
+					w.left = 70
+				}
+				p.out.write(sc, stdout, at, p.out.cur.rest(stdout), data[:now], false, w)
+				p.out.cur.setPhase(phaseWriting)
+				stopped = true
+				break
+			}
+			if err := p.out.logBatch(sc, stdout, data[:now], len(data)-now, false); err != nil {
+				t.Fatal(err)
+			}
+			data = data[now:]
+		}
+		putScratch(sc)
+		spill, err := unix.FcntlInt(uintptr(p.out.spill), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.open(spill)
+		rotating()
+		if err := p.out.resume(); err != nil {
+			t.Fatal(err)
+		}
+		p.fifo.WriteString("done\n")
+		p.out.drain()
+		p.out.close()
+		names, _ := filepath.Glob(filepath.Join(p.dir, "log.*"))
+		slices.Sort(names)
+		var got strings.Builder
+		for _, name := range append(names, filepath.Join(p.dir, "log")) {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for line := range strings.Lines(string(b)) {
+				_, rest, _ := strings.Cut(line, " stdout F ")
+				got.WriteString(rest)
+			}
+		}
+		if want := text.String() + "halfdone\n"; got.String() != want {
+			t.Fatalf("stopped at %d: %d bytes logged, want %d", stop, got.Len(), len(want))
+		}
+		if !stopped {
+			return
+		}
 	}
 }
 

@@ -78,7 +78,6 @@ type Server struct {
 	gate     gate
 	calls    atomic.Int64
 	open     openCalls
-	gzips    sync.WaitGroup
 	idle     *time.Timer   // gives memory back after a burst
 	stop     chan struct{} // closed by Shutdown
 	stopOnce sync.Once
@@ -215,7 +214,6 @@ func (s *Server) Serve() error {
 		if err != nil {
 			select {
 			case <-s.stop:
-				s.gzips.Wait()
 				return nil
 			default:
 			}
