@@ -18,15 +18,16 @@ import (
 )
 
 const (
-	// sinkRoom is what an attached client may lag behind.
-	sinkRoom = 1 << 20
-	// sinkPatience is how long a full client may hold the container up.
+	// sinkRoom is what an attached client may lag behind: a batch.
+	sinkRoom = chunk
+	// sinkPatience is how long all full clients together may hold a batch of
+	// the container's up.
 	sinkPatience = 5 * time.Second
 )
 
-// sink copies one stream of a container to an attached client. A client that
-// does not read holds the container up for at most sinkPatience, then it is
-// disconnected: nothing is left out silently.
+// sink copies one stream of a container to an attached client. Clients that do
+// not read hold the container up for at most sinkPatience, however many they
+// are, then they are disconnected: nothing is left out silently.
 type sink struct {
 	stream int
 	f      *os.File
@@ -56,9 +57,9 @@ func poke(ch chan struct{}) {
 	}
 }
 
-// push queues a copy of p; false when the client is gone.
-func (k *sink) push(p []byte) bool {
-	var timer *time.Timer
+// push queues a copy of p, by the deadline; false when the client is gone, or
+// was too slow.
+func (k *sink) push(p []byte, deadline *deadline) bool {
 	for {
 		k.mu.Lock()
 		if k.broken || k.ended {
@@ -73,16 +74,32 @@ func (k *sink) push(p []byte) bool {
 			return true
 		}
 		k.mu.Unlock()
-		if timer == nil {
-			timer = time.NewTimer(sinkPatience)
-			defer timer.Stop()
-		}
 		select {
 		case <-k.space:
-		case <-timer.C:
+		case <-deadline.passed():
 			k.fail()
 			return false
 		}
+	}
+}
+
+// deadline of all pushes of a batch: sinkPatience after the first that had to wait.
+type deadline struct {
+	after chan struct{}
+	timer *time.Timer
+}
+
+func (d *deadline) passed() <-chan struct{} {
+	if d.timer == nil {
+		d.after = make(chan struct{})
+		d.timer = time.AfterFunc(sinkPatience, func() { close(d.after) })
+	}
+	return d.after
+}
+
+func (d *deadline) stop() {
+	if d.timer != nil {
+		d.timer.Stop()
 	}
 }
 
@@ -156,11 +173,23 @@ func (s *Server) attach(ctx context.Context, conn *wire.Conn, call wire.Call, fr
 	if st := c.state(); st != shim.Running && st != shim.Created {
 		return fmt.Errorf("container is %s: %w", st, errdefs.ErrFailedPrecondition)
 	}
+	end, err := s.sessions.enter(ofContainer(call.ID), maxOfContainer)
+	if err != nil {
+		return err
+	}
+	defer end()
 	in, outs, err := takeStreams(call.Streams, frame)
 	if err != nil {
 		return err
 	}
 	defer closeFiles(in, outs[0], outs[1])
+	if outs[0] != nil || outs[1] != nil {
+		end, err := s.sessions.enter("the clients attached to the output of container "+call.ID, maxAttached)
+		if err != nil {
+			return err
+		}
+		defer end()
+	}
 	if c.rec.Terminal && outs[1] != nil {
 		outs[1].Close() // a terminal has one output
 		outs[1] = nil
@@ -201,22 +230,12 @@ func (s *Server) attach(ctx context.Context, conn *wire.Conn, call wire.Call, fr
 		return err
 	}
 	if in != nil {
-		p, err := pollable(in)
+		stop, err := c.feed(in)
 		if err != nil {
 			return err
 		}
 		in = nil
-		stdin := c.stdin()
-		copied := make(chan struct{})
-		go func() {
-			defer close(copied)
-			_, _ = io.Copy(onlyWriter{stdin}, p)
-			// Its end or the client's: once means the first client's.
-			if c.rec.StdinOnce && !c.rec.Terminal {
-				c.closeStdin()
-			}
-		}()
-		defer func() { p.Close(); <-copied }()
+		defer stop()
 	}
 	requests := make(chan struct{})
 	go func() {
@@ -250,6 +269,71 @@ func (s *Server) attach(ctx context.Context, conn *wire.Conn, call wire.Call, fr
 		}
 		return nil
 	}
+}
+
+// feed copies from to the container's stdin, until its end or stop. The copy has
+// a descriptor of its own of stdin: a container that does not read holds up
+// whoever writes, and stop ends that one alone.
+func (c *container) feed(from *os.File) (stop func(), err error) {
+	p, err := pollable(from)
+	if err != nil {
+		return nil, err
+	}
+	to, err := c.ownStdin()
+	if err != nil {
+		p.Close()
+		return nil, err
+	}
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		_, _ = io.Copy(onlyWriter{to}, p)
+		c.dropStdin(to)
+		// Its end or the client's: once means the first client's.
+		if c.rec.StdinOnce && !c.rec.Terminal {
+			c.closeStdin()
+		}
+	}()
+	return func() {
+		p.Close()
+		c.dropStdin(to)
+		<-copied
+	}, nil
+}
+
+// ownStdin is a further descriptor of stdin, which closeStdin closes too.
+func (c *container) ownStdin() (*os.File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.in == nil {
+		return nil, fmt.Errorf("container has no open stdin: %w", errdefs.ErrFailedPrecondition)
+	}
+	raw, err := c.in.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if cerr := raw.Control(func(in uintptr) {
+		fd, err = unix.FcntlInt(in, unix.F_DUPFD_CLOEXEC, 0)
+	}); cerr != nil {
+		return nil, cerr
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stdin for a client: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "stdin of a client") // non-blocking as the other
+	if c.feeds == nil {
+		c.feeds = map[*os.File]struct{}{}
+	}
+	c.feeds[f] = struct{}{}
+	return f, nil
+}
+
+func (c *container) dropStdin(f *os.File) {
+	c.mu.Lock()
+	delete(c.feeds, f)
+	c.mu.Unlock()
+	f.Close()
 }
 
 // onlyWriter hides os.File's ReadFrom, whose splice would not notice Close.

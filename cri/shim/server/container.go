@@ -36,7 +36,8 @@ type container struct {
 	rec   record
 	pidfd int
 	w     *watch
-	in    *os.File // write end of stdin, or the terminal's master
+	in    *os.File              // write end of stdin, or the terminal's master
+	feeds map[*os.File]struct{} // attached clients' own descriptors of it
 	tty   *os.File
 	oom   *oomWatch
 	execs map[*execution]struct{}
@@ -94,6 +95,9 @@ func (c *container) closeStdin() {
 	in := c.in
 	if in != c.tty {
 		c.in = nil
+		for f := range c.feeds {
+			f.Close()
+		}
 	}
 	c.mu.Unlock()
 	if in == nil || in == c.tty {

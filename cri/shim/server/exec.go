@@ -50,6 +50,11 @@ func (s *Server) exec(conn *wire.Conn, frame *wire.Frame, leave func()) error {
 	if err := c.running(); err != nil {
 		return err
 	}
+	end, err := s.sessions.enter(ofContainer(req.ID), maxOfContainer)
+	if err != nil {
+		return err
+	}
+	defer end()
 	in, outs, err := takeStreams(req.Streams, frame)
 	if err != nil {
 		return err

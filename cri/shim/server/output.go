@@ -581,13 +581,15 @@ func (o *output) reopen() error {
 	return o.file.reopen()
 }
 
-// share copies data to those attached. A sink that stays full is dropped.
+// share copies data to those attached. Sinks that stay full are dropped.
 func (o *output) share(stream int, data []byte) {
 	if len(o.sinks) == 0 || len(data) == 0 {
 		return
 	}
+	var patience deadline
+	defer patience.stop()
 	for k := range o.sinks {
-		if k.stream == stream && !k.push(data) {
+		if k.stream == stream && !k.push(data, &patience) {
 			delete(o.sinks, k)
 		}
 	}

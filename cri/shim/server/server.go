@@ -22,7 +22,6 @@ import (
 	"runtime/debug"
 	"sort"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -34,8 +33,8 @@ import (
 	"github.com/podd-runtime/podd/cri/shim/internal/wire"
 )
 
-// maxCalls bounds the connections served at once: the agent's calls, execs,
-// attached clients and event streams of a node.
+// maxCalls bounds the calls served at once, sessions aside, see sessions. Who
+// comes when there are so many waits to be accepted: no call is refused.
 const maxCalls = 4096
 
 // Config of a Server.
@@ -76,7 +75,8 @@ type Server struct {
 	listener *net.UnixListener
 	lock     int // descriptor of the instance lock
 	gate     gate
-	calls    atomic.Int64
+	calls    chan struct{} // has an entry for each that is served
+	sessions *sessions
 	open     openCalls
 	idle     *time.Timer   // gives memory back after a burst
 	stop     chan struct{} // closed by Shutdown
@@ -89,7 +89,7 @@ func New(cfg Config) (*Server, error) {
 	s := &Server{
 		dir: dir, lock: cfg.Lock, log: cfg.Log, started: time.Now(),
 		byID: map[string]*container{}, boxes: map[string]*sandbox{}, families: map[string]*family{},
-		stop: make(chan struct{}),
+		stop: make(chan struct{}), calls: make(chan struct{}, maxCalls), sessions: newSessions(),
 	}
 	for _, d := range []string{dir, s.path("containers"), s.path("sandboxes"), s.path("quarantine"), s.path("seccomp"), s.path("lc")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -221,19 +221,19 @@ func (s *Server) Serve() error {
 			time.Sleep(50 * time.Millisecond) // out of descriptors, most likely
 			continue
 		}
-		if s.calls.Add(1) > maxCalls {
-			s.calls.Add(-1)
-			conn := &wire.Conn{UnixConn: c}
-			_ = conn.Send(wire.Failure, wire.Error{Kind: "resource-exhausted", Message: "podd-shim serves too many calls"})
+		select {
+		case s.calls <- struct{}{}:
+		case <-s.stop:
 			c.Close()
 			continue
 		}
+		done := sync.OnceFunc(func() { <-s.calls })
 		conn := &wire.Conn{UnixConn: c}
 		call := s.open.begin(conn)
 		go func() {
-			defer s.calls.Add(-1)
+			defer done()
 			defer s.open.over(conn)
-			s.serve(conn, call)
+			s.serve(conn, call, done)
 		}()
 	}
 }
@@ -241,8 +241,8 @@ func (s *Server) Serve() error {
 // requestTimeout is how long a connected peer may take to send its request.
 const requestTimeout = 30 * time.Second
 
-// serve answers one connection.
-func (s *Server) serve(conn *wire.Conn, call *openCall) {
+// serve answers one connection; done says that it counts no more as a call.
+func (s *Server) serve(conn *wire.Conn, call *openCall, done func()) {
 	defer conn.Close()
 	if err := checkPeer(conn.UnixConn); err != nil {
 		s.log.Warn("refused a connection", "error", err)
@@ -262,6 +262,7 @@ func (s *Server) serve(conn *wire.Conn, call *openCall) {
 	switch frame.Kind {
 	case wire.Exec, wire.Attach, wire.Events: // they make nothing that stays
 		s.open.over(conn)
+		done()
 	}
 	leave, err := s.gate.enter(frame.Kind)
 	if err == nil {
@@ -484,6 +485,11 @@ func (s *Server) info() *shim.Info {
 
 // follow streams events until the peer leaves or the shim is replaced.
 func (s *Server) follow(conn *wire.Conn, frame *wire.Frame) error {
+	end, err := s.sessions.enter("the event streams", maxStreams)
+	if err != nil {
+		return err
+	}
+	defer end()
 	var call wire.Call
 	if err := frame.Decode(&call); err != nil {
 		return err

@@ -300,9 +300,9 @@ func (s *Server) resumeExec(x handedExec) error {
 	c.mu.Lock()
 	c.execs[e] = struct{}{}
 	c.mu.Unlock()
-	s.calls.Add(1)
+	end := s.sessions.resume(ofContainer(x.ID))
 	go func() {
-		defer s.calls.Add(-1)
+		defer end()
 		defer conn.Close()
 		if err := e.serve(conn); err != nil {
 			s.log.Debug("exec", "error", err)
