@@ -27,7 +27,10 @@ const maxArchiveFiles = 20_000
 // small documents in memory.
 type imageArchive struct {
 	s       *Store
+	lease   *lease
+	in      *capped
 	blobs   map[string]ocispec.Descriptor // by name in the archive
+	useless map[string]error              // files that are no blobs of an image, and why, by name
 	links   map[string]string             // symbolic links: docker save makes them for layers that images share
 	layout  []byte                        // oci-layout
 	index   []byte                        // index.json
@@ -35,8 +38,8 @@ type imageArchive struct {
 	genuine bool                          // manifests are those of a registry, not made up here
 }
 
-func (s *Store) readArchive(ctx context.Context, r io.Reader) (*imageArchive, error) {
-	a := &imageArchive{s: s, blobs: map[string]ocispec.Descriptor{}, links: map[string]string{}}
+func (s *Store) readArchive(ctx context.Context, l *lease, r *capped) (*imageArchive, error) {
+	a := &imageArchive{s: s, lease: l, in: r, blobs: map[string]ocispec.Descriptor{}, useless: map[string]error{}, links: map[string]string{}}
 	tr := tar.NewReader(r)
 	for n := 0; ; n++ {
 		hdr, err := tr.Next()
@@ -96,24 +99,86 @@ func (a *imageArchive) document(r io.Reader, hdr *tar.Header) ([]byte, error) {
 }
 
 // blob puts a file into the content store. In an OCI layout its name is its
-// digest and must be true.
+// digest and must be true. What cannot be of use is not written: an archive of
+// something else must not fill the disk before that is found out.
 func (a *imageArchive) blob(ctx context.Context, r io.Reader, hdr *tar.Header, name string) (err error) {
 	var want digest.Digest
 	if parts := strings.Split(name, "/"); len(parts) == 3 && parts[0] == "blobs" {
 		want = digest.NewDigestFromEncoded(digest.Algorithm(parts[1]), parts[2])
 		if err := want.Validate(); err != nil {
-			return fmt.Errorf("archive: %s is not named by a digest: %w", clip(name), ErrHostile)
+			a.useless[name] = fmt.Errorf("it is not named by a digest: %w", ErrHostile)
+			return nil
 		}
 	}
-	desc, err := a.write(ctx, r, hdr.Size, want)
-	if err != nil {
+	if sparse(hdr) {
+		a.useless[name] = fmt.Errorf("it is a sparse file, which no blob is: %w", ErrHostile)
+		return nil
+	}
+	// Announced is as good as sent: more cannot follow than the archive may hold.
+	if hdr.Size > min(a.in.left, a.s.cfg.Limits.UnpackedSize) {
+		return fmt.Errorf("archive: %s has %d bytes: %w", clip(name), hdr.Size, errTooLarge)
+	}
+	head := make([]byte, min(hdr.Size, 512))
+	if _, err := io.ReadFull(r, head); err != nil {
+		return a.broken(ctx, name, err)
+	}
+	if !plausible(head, hdr.Size) {
+		a.useless[name] = fmt.Errorf("it is neither JSON nor a tar archive, plain or compressed with gzip or zstd: %w", errdefs.ErrInvalidArgument)
+		return nil
+	}
+	desc, err := a.write(ctx, io.MultiReader(bytes.NewReader(head), r), hdr.Size, want)
+	switch {
+	case errdefs.IsDataLoss(err):
+		a.useless[name] = err
+		return nil
+	case err != nil:
 		return fmt.Errorf("archive: %s: %w", clip(name), err)
 	}
 	a.blobs[name] = desc
 	return nil
 }
 
+// broken is the error of an archive that cannot be read on.
+func (a *imageArchive) broken(ctx context.Context, name string, err error) error {
+	if errors.Is(err, ErrHostile) || ctx.Err() != nil {
+		return err
+	}
+	return fmt.Errorf("archive: it ends within %s (%v): %w", clip(name), noEOF(err), errdefs.ErrInvalidArgument)
+}
+
+// plausible tells by its first bytes whether a file could be a layer, a config
+// or a manifest.
+func plausible(head []byte, size int64) bool {
+	if gzipped(head) || zstdCompressed(head) {
+		return true
+	}
+	if text := bytes.TrimLeft(head, " \t\r\n"); len(text) > 0 && (text[0] == '{' || text[0] == '[') {
+		return true
+	}
+	if len(head) < 512 {
+		return false
+	}
+	if bytes.Equal(head, zeros[:len(head)]) {
+		return size <= maxPadding
+	}
+	_, err := tar.NewReader(bytes.NewReader(head)).Next()
+	return !errors.Is(err, tar.ErrHeader)
+}
+
+// maxPadding of an archive without entries: programs write 1 to 20 blocks.
+const maxPadding = 64 << 10
+
 func (a *imageArchive) write(ctx context.Context, r io.Reader, size int64, want digest.Digest) (_ ocispec.Descriptor, err error) {
+	if want != "" {
+		a.s.hold(a.lease, []digest.Digest{want}, nil)
+		desc := ocispec.Descriptor{Digest: want, Size: size}
+		if ok, err := a.s.haveBlob(ctx, desc); ok || err != nil {
+			return desc, err
+		}
+	}
+	if err := a.s.roomFor(size, "the file's content"); err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	ref, done := a.s.importing()
 	defer done()
 	w, err := content.OpenWriter(ctx, a.s.content, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{Digest: want, Size: size}))
@@ -139,6 +204,7 @@ func (a *imageArchive) write(ctx context.Context, r io.Reader, size int64, want 
 	if want != "" && got != want {
 		return ocispec.Descriptor{}, fmt.Errorf("content has digest %s: %w", got, errdefs.ErrDataLoss)
 	}
+	a.s.hold(a.lease, []digest.Digest{got}, nil)
 	desc := ocispec.Descriptor{Digest: got, Size: size}
 	if err := w.Commit(ctx, size, got); err != nil {
 		if !errdefs.IsAlreadyExists(err) {
@@ -164,40 +230,69 @@ func (a *imageArchive) find(name string) (ocispec.Descriptor, error) {
 		}
 		name = to
 	}
-	return ocispec.Descriptor{}, fmt.Errorf("archive: manifest.json names %q, which is not there: %w", clip(name), errdefs.ErrInvalidArgument)
+	if why := a.useless[name]; why != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("the archive's %q is of no use: %w", clip(name), why)
+	}
+	return ocispec.Descriptor{}, fmt.Errorf("manifest.json names %q, which is not there: %w", clip(name), errdefs.ErrInvalidArgument)
 }
 
-// images returns an entry per image, platform and name.
-func (a *imageArchive) images(ctx context.Context) ([]ocispec.Descriptor, error) {
+// lacks says why a blob is not there.
+func (a *imageArchive) lacks(d digest.Digest) error {
+	if why := a.useless[path.Join("blobs", d.Algorithm().String(), d.Encoded())]; why != nil {
+		return fmt.Errorf("the archive's blob %s is of no use: %w", d, why)
+	}
+	return fmt.Errorf("the archive lacks blob %s: %w", d, errdefs.ErrInvalidArgument)
+}
+
+// images returns an entry per image, platform and name, and the images that
+// cannot have one.
+func (a *imageArchive) images(ctx context.Context) ([]ocispec.Descriptor, []Unloaded, error) {
 	var saved []dockerSaved
 	if a.docker != nil {
 		if err := json.Unmarshal(a.docker, &saved); err != nil {
-			return nil, fmt.Errorf("archive: manifest.json: %v: %w", err, ErrHostile)
+			return nil, nil, fmt.Errorf("archive: manifest.json: %v: %w", err, ErrHostile)
 		}
 	}
 	if a.layout == nil || a.index == nil {
 		if saved == nil {
-			return nil, fmt.Errorf("not an OCI layout or docker archive: there is neither oci-layout with index.json nor manifest.json: %w", errdefs.ErrInvalidArgument)
+			return nil, nil, fmt.Errorf("not an OCI layout or docker archive: there is neither oci-layout with index.json nor manifest.json: %w", errdefs.ErrInvalidArgument)
 		}
 		return a.fromDocker(ctx, saved)
 	}
 	var layout ocispec.ImageLayout
 	if err := json.Unmarshal(a.layout, &layout); err != nil || layout.Version != ocispec.ImageLayoutVersion {
-		return nil, fmt.Errorf("archive: oci-layout has version %q, %s is supported: %w", clip(layout.Version), ocispec.ImageLayoutVersion, errdefs.ErrInvalidArgument)
+		return nil, nil, fmt.Errorf("archive: oci-layout has version %q, %s is supported: %w", clip(layout.Version), ocispec.ImageLayoutVersion, errdefs.ErrInvalidArgument)
 	}
 	var index ocispec.Index
 	if err := json.Unmarshal(a.index, &index); err != nil {
-		return nil, fmt.Errorf("archive: index.json: %v: %w", err, ErrHostile)
+		return nil, nil, fmt.Errorf("archive: index.json: %v: %w", err, ErrHostile)
 	}
 	a.genuine = true
 	// docker save writes both formats, older ones with the names in the
 	// second only.
 	if len(index.Manifests) == 1 && len(saved) == 1 {
 		if full, tag := entryName(index.Manifests[0]); full == "" && tag == "" && len(saved[0].RepoTags) > 0 {
-			return named(index.Manifests[0], saved[0].RepoTags), nil
+			return named(index.Manifests[0], saved[0].RepoTags), nil, nil
 		}
 	}
-	return index.Manifests, nil
+	return a.withoutAttestations(index.Manifests), nil, nil
+}
+
+// withoutAttestations leaves out what is said about another image of the
+// archive: it belongs to that one and is none itself.
+func (a *imageArchive) withoutAttestations(list []ocispec.Descriptor) []ocispec.Descriptor {
+	return slices.DeleteFunc(slices.Clone(list), func(d ocispec.Descriptor) bool {
+		of := d.Annotations["vnd.docker.reference.digest"]
+		if !isAttestation(d) || !slices.ContainsFunc(list, func(e ocispec.Descriptor) bool { return e.Digest.String() == of }) {
+			return false
+		}
+		a.s.log.Debug("attestation in an archive is left out", "manifest", d.Digest, "of", of)
+		return true
+	})
+}
+
+func isAttestation(d ocispec.Descriptor) bool {
+	return d.Annotations["vnd.docker.reference.type"] == "attestation-manifest"
 }
 
 // named repeats the entry for each of the names.
@@ -221,41 +316,57 @@ type dockerSaved struct {
 }
 
 // fromDocker makes the manifests that the format lacks.
-func (a *imageArchive) fromDocker(ctx context.Context, saved []dockerSaved) ([]ocispec.Descriptor, error) {
-	var list []ocispec.Descriptor
+func (a *imageArchive) fromDocker(ctx context.Context, saved []dockerSaved) (list []ocispec.Descriptor, not []Unloaded, err error) {
 	for _, sv := range saved {
-		config, err := a.find(sv.Config)
-		if err != nil {
-			return nil, err
-		}
-		config.MediaType = cimages.MediaTypeDockerSchema2Config
-		m := struct {
-			SchemaVersion int                  `json:"schemaVersion"`
-			MediaType     string               `json:"mediaType"`
-			Config        ocispec.Descriptor   `json:"config"`
-			Layers        []ocispec.Descriptor `json:"layers"`
-		}{2, cimages.MediaTypeDockerSchema2Manifest, config, []ocispec.Descriptor{}}
-		if len(sv.Layers) > a.s.cfg.Limits.Layers {
-			return nil, fmt.Errorf("image has %d layers, at most %d are allowed: %w", len(sv.Layers), a.s.cfg.Limits.Layers, ErrHostile)
-		}
-		for _, name := range sv.Layers {
-			l, err := a.find(name)
-			if err != nil {
-				return nil, err
+		desc, err := a.fromSaved(ctx, sv)
+		switch {
+		case ctx.Err() != nil:
+			return nil, nil, context.Cause(ctx)
+		case err != nil:
+			name := sv.Config
+			if len(sv.RepoTags) > 0 {
+				name = strings.Join(sv.RepoTags, ", ")
 			}
-			l.MediaType = cimages.MediaTypeDockerSchema2Layer // what it really is, its first bytes tell
-			m.Layers = append(m.Layers, l)
+			not = append(not, Unloaded{clip(name), err})
+		default:
+			list = append(list, named(desc, slices.Clone(sv.RepoTags))...)
 		}
-		raw, err := json.Marshal(m)
-		if err != nil {
-			return nil, err
-		}
-		desc, err := a.write(ctx, bytes.NewReader(raw), int64(len(raw)), digest.FromBytes(raw))
-		if err != nil {
-			return nil, fmt.Errorf("archive: manifest of %s: %w", clip(sv.Config), err)
-		}
-		desc.MediaType = m.MediaType
-		list = append(list, named(desc, slices.Clone(sv.RepoTags))...)
 	}
-	return list, nil
+	return list, not, nil
+}
+
+// fromSaved makes the manifest of one image.
+func (a *imageArchive) fromSaved(ctx context.Context, sv dockerSaved) (ocispec.Descriptor, error) {
+	config, err := a.find(sv.Config)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	config.MediaType = cimages.MediaTypeDockerSchema2Config
+	m := struct {
+		SchemaVersion int                  `json:"schemaVersion"`
+		MediaType     string               `json:"mediaType"`
+		Config        ocispec.Descriptor   `json:"config"`
+		Layers        []ocispec.Descriptor `json:"layers"`
+	}{2, cimages.MediaTypeDockerSchema2Manifest, config, []ocispec.Descriptor{}}
+	if len(sv.Layers) > a.s.cfg.Limits.Layers {
+		return ocispec.Descriptor{}, fmt.Errorf("image has %d layers, at most %d are allowed: %w", len(sv.Layers), a.s.cfg.Limits.Layers, ErrHostile)
+	}
+	for _, name := range sv.Layers {
+		l, err := a.find(name)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		l.MediaType = cimages.MediaTypeDockerSchema2Layer // what it really is, its first bytes tell
+		m.Layers = append(m.Layers, l)
+	}
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	desc, err := a.write(ctx, bytes.NewReader(raw), int64(len(raw)), digest.FromBytes(raw))
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("manifest of %s: %w", clip(sv.Config), err)
+	}
+	desc.MediaType = m.MediaType
+	return desc, nil
 }

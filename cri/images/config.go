@@ -41,7 +41,7 @@ type Config struct {
 	PartialTTL time.Duration
 	// Limits on what an image may contain.
 	Limits Limits
-	// Devices says which device nodes layers may carry.
+	// Devices says which device nodes of layers are made.
 	Devices DevicePolicy
 	// Platform to choose from an index. Default: this machine's.
 	Platform *ocispec.Platform
@@ -62,17 +62,22 @@ type Config struct {
 // before it fills the disk or the memory. Zero means the default.
 type Limits struct {
 	Layers       int   // default 127, Docker's own limit; overlayfs ends at 500
-	UnpackedSize int64 // bytes of all layers unpacked; default 128 GiB
-	Entries      int64 // entries of all layers; default 4 million
-	// Ratio of unpacked to compressed bytes, looked at once a layer has
-	// unpacked 256 MiB. Default 250 (gzip cannot exceed 1032).
+	UnpackedSize int64 // bytes of all layers that take disk: holes do not; default 128 GiB
+	// StreamSize is how many bytes all layers may decompress to, blocks of
+	// zeros included. They take no disk and are no fault (the lastlog of a
+	// large uid has hundreds of GiB), but they take a CPU. Default 1 TiB.
+	StreamSize int64
+	Entries    int64 // entries of all layers; default 4 million
+	// Ratio of bytes written to compressed bytes, looked at once a layer has
+	// written 256 MiB. Default 250 (gzip cannot exceed 1032).
 	Ratio        int64
 	ManifestSize int64 // bytes of a manifest or index; default 4 MiB
 	ConfigSize   int64 // bytes of an image config; default 4 MiB
 	ArchiveSize  int64 // bytes that Load reads, decompressed; default 256 GiB
 }
 
-// DevicePolicy says which device nodes an image may carry.
+// DevicePolicy says which device nodes of an image are made. The others are
+// left out.
 type DevicePolicy int
 
 const (
@@ -102,6 +107,7 @@ func (c *Config) complete() error {
 	def(&c.PartialTTL, time.Hour)
 	def(&c.Limits.Layers, 127)
 	def(&c.Limits.UnpackedSize, 128<<30)
+	def(&c.Limits.StreamSize, 1<<40)
 	def(&c.Limits.Entries, 4_000_000)
 	def(&c.Limits.Ratio, 250)
 	def(&c.Limits.ManifestSize, 4<<20)

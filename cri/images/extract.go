@@ -2,10 +2,13 @@ package images
 
 import (
 	"archive/tar"
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"path"
 	"slices"
 	"strings"
@@ -27,8 +30,31 @@ var ErrHostile = fmt.Errorf("refused: %w", errdefs.ErrInvalidArgument)
 // are extracted in parallel.
 type budget struct {
 	limits  Limits
-	bytes   atomic.Int64
+	bytes   atomic.Int64 // that take disk
+	stream  atomic.Int64 // of the archives, holes of their files included
 	entries atomic.Int64
+}
+
+// read accounts for n bytes of an archive.
+func (b *budget) read(n int64) error {
+	if limit := b.limits.StreamSize; n > limit || b.stream.Add(n) > limit {
+		return fmt.Errorf("the image's layers unpack to more than %d bytes, zeros included: %w", limit, ErrHostile)
+	}
+	return nil
+}
+
+// metered is an archive that is read within the budget.
+type metered struct {
+	r io.Reader
+	b *budget
+}
+
+func (m *metered) Read(p []byte) (int, error) {
+	n, err := m.r.Read(p)
+	if over := m.b.read(int64(n)); over != nil {
+		return 0, over
+	}
+	return n, err
 }
 
 // extractor unpacks one layer below a directory that nobody else has open.
@@ -43,12 +69,14 @@ type extractor struct {
 	layer   digest.Digest
 	budget  *budget
 	devices DevicePolicy
+	log     *slog.Logger
 	turn    *turn       // nil: nobody else waits
-	ratio   func() bool // does the layer unpack to too much for its size?
+	ratio   func() bool // does the layer write too much for its size?
 
 	dirs     map[string]*dirEntry // directories that the archive lists, by name within the layer
 	implicit []string             // directories made because an entry needed them, parents first
 	noted    int                  // bytes that these two take
+	written  int64                // bytes of content and attributes that take disk
 
 	lastName string // name and descriptor of the directory used last
 	lastFD   int
@@ -189,7 +217,7 @@ func (x *extractor) entry(ctx context.Context, tr *tar.Reader, hdr *tar.Header) 
 		return x.refuse(hdr.Name, "negative size")
 	}
 	if name == "." {
-		return nil // the root itself: overlayfs shows the upper directory's attributes
+		return x.rootDir(hdr)
 	}
 	parent, base := path.Split(name)
 	parent = strings.TrimSuffix(parent, "/")
@@ -206,7 +234,7 @@ func (x *extractor) entry(ctx context.Context, tr *tar.Reader, hdr *tar.Header) 
 	switch hdr.Typeflag {
 	case tar.TypeDir:
 		return x.mkdir(dir, name, base, hdr)
-	case tar.TypeReg, tar.TypeCont:
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
 		return x.file(ctx, dir, base, tr, hdr)
 	case tar.TypeSymlink:
 		if hdr.Linkname == "" || strings.IndexByte(hdr.Linkname, 0) >= 0 || len(hdr.Linkname) >= unix.PathMax {
@@ -216,7 +244,10 @@ func (x *extractor) entry(ctx context.Context, tr *tar.Reader, hdr *tar.Header) 
 	case tar.TypeLink:
 		return x.link(dir, base, hdr)
 	case tar.TypeChar, tar.TypeBlock:
-		if err := x.deviceAllowed(hdr); err != nil {
+		if ok, err := x.deviceAllowed(hdr); err != nil || !ok {
+			if err == nil {
+				err = x.leaveOut(dir, base, hdr)
+			}
 			return err
 		}
 		kind := uint32(unix.S_IFCHR)
@@ -408,17 +439,40 @@ func (x *extractor) note(entry string, size int) error {
 	return nil
 }
 
-func (x *extractor) mkdir(dir int, name, base string, hdr *tar.Header) error {
+// directory is what an entry says of one.
+func (x *extractor) directory(name string, hdr *tar.Header) (*dirEntry, error) {
 	e := &dirEntry{mode: uint32(hdr.Mode) & 0o7777, uid: hdr.Uid, gid: hdr.Gid, mtime: timespec(hdr.ModTime)}
 	var err error
 	if e.xattrs, err = x.xattrs(hdr); err != nil {
-		return err
+		return nil, err
 	}
 	size := len(name)
 	for k, v := range e.xattrs {
 		size += len(k) + len(v)
 	}
-	if err := x.note(hdr.Name, size); err != nil {
+	return e, x.note(hdr.Name, size)
+}
+
+// rootDir takes what the archive says of the layer's root. It is kept under the
+// name "".
+func (x *extractor) rootDir(hdr *tar.Header) error {
+	if hdr.Typeflag != tar.TypeDir {
+		return nil
+	}
+	e, err := x.directory("", hdr)
+	if err != nil {
+		return err
+	}
+	if old := x.dirs[""]; old != nil {
+		e.opaque = old.opaque
+	}
+	x.dirs[""] = e
+	return nil
+}
+
+func (x *extractor) mkdir(dir int, name, base string, hdr *tar.Header) error {
+	e, err := x.directory(name, hdr)
+	if err != nil {
 		return err
 	}
 	err = unix.Mkdirat(dir, base, 0o700)
@@ -449,8 +503,10 @@ func (x *extractor) mkdir(dir int, name, base string, hdr *tar.Header) error {
 }
 
 func (x *extractor) file(ctx context.Context, dir int, base string, r io.Reader, hdr *tar.Header) error {
-	if x.budget.bytes.Add(hdr.Size) > x.budget.limits.UnpackedSize {
-		return x.refuse(hdr.Name, "the image unpacks to more than %d bytes", x.budget.limits.UnpackedSize)
+	if sparse(hdr) { // its holes are not in the archive, and cost time all the same
+		if err := x.budget.read(hdr.Size); err != nil {
+			return x.fail(hdr.Name, "holes", err)
+		}
 	}
 	fd := -1
 	err := x.create(dir, base, hdr, func() (err error) {
@@ -485,38 +541,49 @@ func (x *extractor) file(ctx context.Context, dir int, base string, r io.Reader,
 	return x.times(dir, base, hdr)
 }
 
+// sparse files are read with zeros where the archive has nothing.
+func sparse(hdr *tar.Header) bool {
+	if hdr.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for k := range hdr.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
+}
+
+// block is the unit of holes: that of the file systems that matter.
+const block = 4096
+
+var zeros [block]byte
+
 // copy writes the entry's content, leaving holes where it is zero.
 func (x *extractor) copy(ctx context.Context, fd int, r io.Reader, hdr *tar.Header) error {
-	var off int64
-	hole := false
+	var off, end int64 // where it is, and up to where the file is written
 	for left := hdr.Size; left > 0; {
 		n, err := io.ReadFull(r, x.buf[:min(left, int64(len(x.buf)))])
 		if err != nil {
 			return x.fail(hdr.Name, "read", noEOF(err))
 		}
-		b := x.buf[:n]
 		left -= int64(n)
-		if hole = n == len(x.buf) && zero(b); !hole {
-			for at := off; len(b) > 0; {
-				w, err := unix.Pwrite(fd, b, at)
-				if err == unix.EINTR {
-					continue
+		for b := x.buf[:n]; len(b) > 0; {
+			size, hole := run(b)
+			if !hole {
+				if err := x.writeAt(fd, b[:size], off, hdr); err != nil {
+					return err
 				}
-				if err != nil {
-					return x.fail(hdr.Name, "write", err)
-				}
-				b, at = b[w:], at+int64(w)
+				end = off + int64(size)
 			}
-		}
-		off += int64(n)
-		if x.ratio() {
-			return x.refuse(hdr.Name, "the layer unpacks to more than %d times its size", x.budget.limits.Ratio)
+			off += int64(size)
+			b = b[size:]
 		}
 		if err := x.pause(ctx); err != nil {
 			return err
 		}
 	}
-	if hole {
+	if end < off {
 		if err := unix.Ftruncate(fd, off); err != nil {
 			return x.fail(hdr.Name, "truncate", err)
 		}
@@ -524,13 +591,47 @@ func (x *extractor) copy(ctx context.Context, fd int, r io.Reader, hdr *tar.Head
 	return nil
 }
 
-func zero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
+// run is how many bytes of b, in whole blocks, are a hole, or are none.
+func run(b []byte) (size int, hole bool) {
+	for size < len(b) {
+		part := b[size:min(size+block, len(b))]
+		z := bytes.Equal(part, zeros[:len(part)])
+		if size > 0 && z != hole {
+			break
 		}
+		hole = z
+		size += len(part)
 	}
-	return true
+	return size, hole
+}
+
+func (x *extractor) writeAt(fd int, b []byte, at int64, hdr *tar.Header) error {
+	if err := x.takes(hdr, len(b)); err != nil {
+		return err
+	}
+	for len(b) > 0 {
+		n, err := unix.Pwrite(fd, b, at)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return x.fail(hdr.Name, "write", err)
+		}
+		b, at = b[n:], at+int64(n)
+	}
+	return nil
+}
+
+// takes accounts for bytes that take disk.
+func (x *extractor) takes(hdr *tar.Header, n int) error {
+	x.written += int64(n)
+	if x.budget.bytes.Add(int64(n)) > x.budget.limits.UnpackedSize {
+		return x.refuse(hdr.Name, "the image unpacks to more than %d bytes", x.budget.limits.UnpackedSize)
+	}
+	if x.ratio() {
+		return x.refuse(hdr.Name, "the layer unpacks to more than %d times its size", x.budget.limits.Ratio)
+	}
+	return nil
 }
 
 // noEOF: an archive that ends in the middle of an entry is broken, not done.
@@ -581,27 +682,38 @@ func (x *extractor) link(dir int, base string, hdr *tar.Header) error {
 	return x.create(dir, base, hdr, func() error { return unix.Linkat(from, target, dir, base, 0) })
 }
 
-func (x *extractor) deviceAllowed(hdr *tar.Header) error {
+// deviceAllowed tells whether a device node is made. Those that are not are no
+// fault of the image: a container has a /dev of its own.
+func (x *extractor) deviceAllowed(hdr *tar.Header) (bool, error) {
 	maj, mnr := hdr.Devmajor, hdr.Devminor
-	if maj == 0 && mnr == 0 {
-		return x.refuse(hdr.Name, "device node 0:0 is overlayfs' own whiteout")
+	if hdr.Typeflag == tar.TypeChar && maj == 0 && mnr == 0 {
+		return false, x.refuse(hdr.Name, "device node 0:0 is overlayfs' own whiteout")
 	}
 	if maj < 0 || maj >= 1<<12 || mnr < 0 || mnr >= 1<<20 {
-		return x.refuse(hdr.Name, "device number %d:%d is out of range", maj, mnr)
+		return false, nil
 	}
 	switch x.devices {
 	case DevicesAll:
-		return nil
+		return true, nil
 	case DevicesSafe:
 		if hdr.Typeflag == tar.TypeChar {
 			switch [2]int64{maj, mnr} {
 			case [2]int64{1, 3}, [2]int64{1, 5}, [2]int64{1, 7}, [2]int64{1, 8}, [2]int64{1, 9}, // null zero full random urandom
 				[2]int64{5, 0}, [2]int64{5, 1}, [2]int64{5, 2}: // tty console ptmx
-				return nil
+				return true, nil
 			}
 		}
 	}
-	return x.refuse(hdr.Name, "device node %d:%d is not allowed", maj, mnr)
+	return false, nil
+}
+
+// leaveOut puts a whiteout where a device node would be: what the layers below
+// have there is hidden by it all the same, and links to it have a target.
+func (x *extractor) leaveOut(dir int, base string, hdr *tar.Header) error {
+	if x.log != nil {
+		x.log.Debug("device node of a layer is left out", "layer", x.layer, "entry", clip(hdr.Name), "type", string(hdr.Typeflag), "major", hdr.Devmajor, "minor", hdr.Devminor)
+	}
+	return x.create(dir, base, hdr, func() error { return unix.Mknodat(dir, base, unix.S_IFCHR, 0) })
 }
 
 // whiteout hides what the layers below have.
@@ -693,6 +805,9 @@ func (x *extractor) xattrs(hdr *tar.Header) (map[string]string, error) {
 			m = map[string]string{}
 		}
 		m[k] = v
+		if err := x.takes(hdr, len(k)+len(v)); err != nil {
+			return nil, err
+		}
 	}
 	return m, nil
 }
@@ -707,7 +822,7 @@ func (x *extractor) finishDirs() error {
 	slices.Sort(names)
 	for _, name := range slices.Backward(names) {
 		e := x.dirs[name]
-		fd, err := x.openDir(name)
+		fd, err := x.openDir(cmp.Or(name, "."))
 		if err != nil {
 			if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EXDEV) {
 				continue // an entry made through a link that a later one replaced

@@ -127,7 +127,7 @@ func (s *Store) collect(ctx context.Context, ttl time.Duration) (next time.Durat
 			s.log.Info("image garbage collected", "blobs", n, "layers", layers)
 		}
 		errs = append(errs, s.collectIngests(ctx, ttl, &next))
-	} // else a Load is under way, and kicks when it ends
+	} // else a Verify is under way, and kicks when it ends
 	errs = append(errs, s.emptyTrash(ctx))
 	return next, errors.Join(errs...)
 }

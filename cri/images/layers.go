@@ -240,10 +240,10 @@ func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Diges
 		return layer{}, fmt.Errorf("layer %s: %w", l.Blob, err)
 	}
 	defer plain.Close()
-	hashed := &countingReader{r: io.TeeReader(plain, diffID.Hash())}
+	hashed := io.TeeReader(&metered{plain, b}, diffID.Hash())
 
-	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices, turn: t}
-	x.ratio = func() bool { return hashed.n > 256<<20 && hashed.n/max(in.n, 1) > b.limits.Ratio }
+	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices, log: s.log, turn: t}
+	x.ratio = func() bool { return x.written > 256<<20 && x.written/max(in.n, 1) > b.limits.Ratio }
 	if err := x.run(ctx, hashed); err != nil {
 		return layer{}, err
 	}
@@ -282,18 +282,15 @@ func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Diges
 	return l, nil
 }
 
-// drain reads to the end, within the limits.
-func (x *extractor) drain(ctx context.Context, r *countingReader) error {
+// drain reads to the end; the budget bounds it.
+func (x *extractor) drain(ctx context.Context, r io.Reader) error {
 	for {
-		n, err := r.Read(x.buf)
+		_, err := r.Read(x.buf)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("layer %s: after the archive's end: %w", x.layer, err)
-		}
-		if x.budget.bytes.Add(int64(n)) > x.budget.limits.UnpackedSize || x.ratio() {
-			return x.refuse("", "the archive is followed by more data than the limits allow")
 		}
 		if err := x.pause(ctx); err != nil {
 			return err
@@ -310,6 +307,11 @@ func (s *Store) inherit(x *extractor, parents []digest.Digest) error {
 			unix.Close(fd)
 		}
 	}()
+	if x.dirs[""] == nil && len(parents) > 0 {
+		if err := s.inheritRoot(x, parents[0]); err != nil {
+			return err
+		}
+	}
 	for _, name := range x.implicit {
 		if x.dirs[name] != nil {
 			continue // listed after all
@@ -324,7 +326,6 @@ func (s *Store) inherit(x *extractor, parents []digest.Digest) error {
 			}
 		}
 		for _, p := range below {
-			var st unix.Stat_t
 			fd, err := openBeneath(p, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 			if errors.Is(err, unix.ENOENT) {
 				continue
@@ -332,8 +333,7 @@ func (s *Store) inherit(x *extractor, parents []digest.Digest) error {
 			if err != nil {
 				break // hidden or something else below: nothing to inherit
 			}
-			err = unix.Fstat(fd, &st)
-			e := &dirEntry{mode: st.Mode & 0o7777, uid: int(st.Uid), gid: int(st.Gid), mtime: st.Mtim, xattrs: copyableXattrs(fd)}
+			e, err := attributesOf(fd)
 			unix.Close(fd)
 			if err != nil {
 				return x.fail(name, "stat below", err)
@@ -351,6 +351,33 @@ func (s *Store) inherit(x *extractor, parents []digest.Digest) error {
 		}
 	}
 	return nil
+}
+
+// inheritRoot gives the layer's root the attributes of the one below, which has
+// them from those below it.
+func (s *Store) inheritRoot(x *extractor, parent digest.Digest) error {
+	fd, err := unix.Open(s.layerPath(parent), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("layer %s: its parent %s: %w", x.layer, parent, err)
+	}
+	defer unix.Close(fd)
+	e, err := attributesOf(fd)
+	if err == nil {
+		err = applyDir(x.root, e)
+	}
+	if err != nil {
+		return x.fail(".", "inherit attributes", err)
+	}
+	return nil
+}
+
+// attributesOf a directory, as far as they move with it.
+func attributesOf(fd int) (*dirEntry, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	return &dirEntry{mode: st.Mode & 0o7777, uid: int(st.Uid), gid: int(st.Gid), mtime: st.Mtim, xattrs: copyableXattrs(fd)}, nil
 }
 
 // copyableXattrs reads the attributes of a directory that move with it.
@@ -393,9 +420,9 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		return nil, err
 	}
 	switch {
-	case len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b:
+	case gzipped(head):
 		return gzip.NewReader(br)
-	case len(head) >= 4 && (string(head) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18"):
+	case zstdCompressed(head):
 		// One goroutine, and a window that keeps the memory of a hostile frame
 		// in bounds: zstd's own levels up to 19 use 8 MiB at most.
 		d, err := zstd.NewReader(br, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(32<<20))
@@ -405,4 +432,11 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		return d.IOReadCloser(), nil
 	}
 	return io.NopCloser(br), nil
+}
+
+func gzipped(head []byte) bool { return len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b }
+
+// zstdCompressed: a frame, or a skippable one, which pzstd begins with.
+func zstdCompressed(head []byte) bool {
+	return len(head) >= 4 && (string(head[:4]) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18")
 }

@@ -10,6 +10,7 @@ import (
 
 	cimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -22,13 +23,41 @@ type LoadOptions struct {
 	Progress func(Progress)
 }
 
+// Unloaded is an image of an archive that could not be loaded, and why.
+type Unloaded struct {
+	Name string // or digest, where it has none
+	Err  error
+}
+
+// LoadError lists what of an archive could not be loaded; the rest was.
+type LoadError struct{ Images []Unloaded }
+
+func (e *LoadError) Error() string {
+	var parts []string
+	for _, u := range e.Images {
+		parts = append(parts, "image "+u.Name+": "+u.Err.Error())
+	}
+	return "load: " + strings.Join(parts, "; ")
+}
+
+func (e *LoadError) Unwrap() []error {
+	errs := make([]error, 0, len(e.Images))
+	for _, u := range e.Images {
+		errs = append(errs, u.Err)
+	}
+	return errs
+}
+
 // Load reads a tar, plain or compressed with gzip or zstd: an OCI layout, or
 // what docker save writes. It returns the images, with their names; an image
 // for which neither the archive nor o has a name is known by its id alone.
 //
+// Images that cannot be loaded do not keep others from it: those are returned
+// beside a *LoadError that lists these.
+//
 // Errors: errdefs.ErrInvalidArgument (not such an archive, or refused:
 // ErrHostile), ErrDataLoss (digest mismatch), ErrFailedPrecondition (not for
-// this platform).
+// this platform), ErrResourceExhausted (no space).
 func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image, error) {
 	var override target
 	if o.Name != "" {
@@ -42,9 +71,7 @@ func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image,
 		return nil, fmt.Errorf("load: %w", err)
 	}
 	defer leave()
-	s.loading.Lock()
-	defer s.loading.Unlock()
-	l, release := s.lease(true)
+	l, release := s.lease(false)
 	defer s.kickGC() // what of the archive is no image's
 	defer release()
 
@@ -53,28 +80,39 @@ func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image,
 		return nil, fmt.Errorf("load: %v: %w", err, errdefs.ErrInvalidArgument)
 	}
 	defer plain.Close()
-	a, err := s.readArchive(ctx, &capped{ctx: ctx, r: plain, left: s.cfg.Limits.ArchiveSize})
+	a, err := s.readArchive(ctx, l, &capped{ctx: ctx, r: plain, left: s.cfg.Limits.ArchiveSize})
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
 		return nil, fmt.Errorf("load: %w", diskFull(err))
 	}
-	entries, err := a.images(ctx)
+	entries, not, err := a.images(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}
-	groups, err := groupByName(entries, override, o.Name != "")
+	groups, more, err := groupByName(entries, override, o.Name != "")
+	not = append(not, more...)
+	if err == nil && len(groups)+len(not) == 0 {
+		err = fmt.Errorf("the archive has no image: %w", errdefs.ErrInvalidArgument)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}
 	var loaded []*Image
 	for _, g := range groups {
-		img, err := s.loadOne(ctx, l, a.genuine, g, o.Progress)
-		if err != nil {
-			return loaded, fmt.Errorf("load: image %s: %w", g, diskFull(err))
+		img, err := s.loadOne(ctx, l, a, g, o.Progress)
+		switch {
+		case err == nil:
+			loaded = append(loaded, img)
+		case ctx.Err() != nil:
+			return loaded, fmt.Errorf("load: image %s: %w", g, context.Cause(ctx))
+		default:
+			not = append(not, Unloaded{g.String(), diskFull(err)})
 		}
-		loaded = append(loaded, img)
+	}
+	if len(not) > 0 {
+		return loaded, &LoadError{not}
 	}
 	return loaded, nil
 }
@@ -92,26 +130,14 @@ func (a archived) String() string {
 	return a.name.String()
 }
 
-func groupByName(list []ocispec.Descriptor, override target, overridden bool) ([]archived, error) {
-	var groups []archived
+// groupByName puts the platforms of an image together. Entries whose name is of
+// no use are returned apart.
+func groupByName(list []ocispec.Descriptor, override target, overridden bool) (groups []archived, not []Unloaded, err error) {
 	for _, d := range list {
-		var name target
-		full, bare := entryName(d)
-		switch {
-		case full != "":
-			t, err := parseReference(full)
-			if err != nil {
-				return nil, err
-			}
-			name = t
-		case overridden && bare != "":
-			t, err := parseReference(override.repo + ":" + bare)
-			if err != nil {
-				return nil, err
-			}
-			name = t
-		case overridden:
-			name = override
+		name, err := nameOf(d, override, overridden)
+		if err != nil {
+			not = append(not, Unloaded{d.Digest.String(), err})
+			continue
 		}
 		same := func(g archived) bool {
 			return g.name == name && (name.repo != "" || g.entries[0].Platform != nil && d.Platform != nil)
@@ -122,16 +148,27 @@ func groupByName(list []ocispec.Descriptor, override target, overridden bool) ([
 			groups = append(groups, archived{name: name, entries: []ocispec.Descriptor{d}})
 		}
 	}
-	if len(groups) == 0 {
-		return nil, fmt.Errorf("the archive has no image: %w", errdefs.ErrInvalidArgument)
-	}
 	for i := range groups {
 		named := groups[i].entries
 		if overridden && groups[i].name == override && len(named) > 1 && slices.ContainsFunc(named, func(d ocispec.Descriptor) bool { return d.Platform == nil && d.Digest != named[0].Digest }) {
-			return nil, fmt.Errorf("the archive has several images without a name, %s cannot be the name of all: %w", override, errdefs.ErrInvalidArgument)
+			return nil, nil, fmt.Errorf("the archive has several images without a name, %s cannot be the name of all: %w", override, errdefs.ErrInvalidArgument)
 		}
 	}
-	return groups, nil
+	return groups, not, nil
+}
+
+// nameOf an entry; zero: none.
+func nameOf(d ocispec.Descriptor, override target, overridden bool) (target, error) {
+	full, bare := entryName(d)
+	switch {
+	case full != "":
+		return parseReference(full)
+	case overridden && bare != "":
+		return parseReference(override.repo + ":" + bare)
+	case overridden:
+		return override, nil
+	}
+	return target{}, nil
 }
 
 // entryName reads the annotations of an index entry: a whole reference, or a
@@ -148,18 +185,17 @@ func entryName(d ocispec.Descriptor) (full, tag string) {
 }
 
 // loadOne takes an image from what the archive has left in the content store.
-// genuine: its manifest is the one that registries know.
-func (s *Store) loadOne(ctx context.Context, l *lease, genuine bool, a archived, progress func(Progress)) (*Image, error) {
+func (s *Store) loadOne(ctx context.Context, l *lease, from *imageArchive, a archived, progress func(Progress)) (*Image, error) {
 	p := &pull{watchers: map[int]func(Progress){}, now: Progress{Ref: a.String(), Stage: stageResolving}}
 	defer p.watch(progress)()
 	desc := a.entries[0]
-	if len(a.entries) > 1 {
+	if len(a.entries) > 1 || desc.Platform != nil {
 		var err error
 		if desc, err = s.choose("index.json", a.entries); err != nil {
 			return nil, err
 		}
 	}
-	r, err := s.assemble(ctx, l, stored{s}, desc, p)
+	r, err := s.assemble(ctx, l, stored{s, from.lacks}, desc, p)
 	if err != nil {
 		return nil, err
 	}
@@ -167,7 +203,7 @@ func (s *Store) loadOne(ctx context.Context, l *lease, genuine bool, a archived,
 		if a.name.tag != "" {
 			r.Tags = []string{a.name.String()}
 		}
-		if genuine {
+		if from.genuine {
 			r.Digests = []string{a.name.repo + "@" + desc.Digest.String()}
 		}
 	}
@@ -181,8 +217,12 @@ func (s *Store) loadOne(ctx context.Context, l *lease, genuine bool, a archived,
 	return s.image(r), nil
 }
 
-// stored is the source of a Load: everything is in the content store.
-type stored struct{ s *Store }
+// stored is the source of a Load: everything is in the content store. lacks
+// says why something is not.
+type stored struct {
+	s     *Store
+	lacks func(digest.Digest) error
+}
 
 func (f stored) blob(ctx context.Context, desc ocispec.Descriptor, have *atomic.Int64, moved func()) error {
 	ok, err := f.s.haveBlob(ctx, desc)
@@ -190,12 +230,15 @@ func (f stored) blob(ctx context.Context, desc ocispec.Descriptor, have *atomic.
 		return err
 	}
 	if !ok {
-		return fmt.Errorf("the archive lacks blob %s: %w", desc.Digest, errdefs.ErrInvalidArgument)
+		return f.lacks(desc.Digest)
 	}
 	have.Store(desc.Size)
 	moved()
 	return nil
 }
+
+// errTooLarge is more than an archive may hold.
+var errTooLarge = fmt.Errorf("archive is larger than allowed: %w", ErrHostile)
 
 // capped ends an archive that is larger than allowed, and one whose reader has
 // lost interest.
@@ -210,7 +253,7 @@ func (c *capped) Read(p []byte) (int, error) {
 		return 0, context.Cause(c.ctx)
 	}
 	if c.left <= 0 {
-		return 0, fmt.Errorf("archive is larger than allowed: %w", ErrHostile)
+		return 0, errTooLarge
 	}
 	n, err := c.r.Read(p[:min(int64(len(p)), c.left)])
 	c.left -= int64(n)

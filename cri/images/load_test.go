@@ -53,7 +53,7 @@ func tarDir(t testing.TB, dir string) []byte {
 	return b.Bytes()
 }
 
-func gzipped(t testing.TB, raw []byte) []byte {
+func gzippedTar(t testing.TB, raw []byte) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := gzip.NewWriter(&b)
@@ -126,13 +126,13 @@ func TestLoad(t *testing.T) {
 		{name: "docker, no tag", raw: oldDockerTar(t, `null`), tags: [][]string{nil}},
 		{name: "docker, name given", raw: oldDockerTar(t, `null`), option: "example.com/given", tags: [][]string{{"example.com/given:latest"}}},
 		{name: "docker, both formats", raw: both, tags: [][]string{{"example.com/both:1"}}, digests: 1},
-		{name: "docker, gzip", raw: gzipped(t, dockerTar(t, "example.com/xx:1", one)), tags: [][]string{{"example.com/xx:1"}}},
+		{name: "docker, gzip", raw: gzippedTar(t, dockerTar(t, "example.com/xx:1", one)), tags: [][]string{{"example.com/xx:1"}}},
 		{name: "oci without names", raw: ociTar(t, []v1.Image{one}, nil), tags: [][]string{nil}},
 		{name: "oci, name given", raw: ociTar(t, []v1.Image{one}, nil), option: "example.com/y:2", tags: [][]string{{"example.com/y:2"}}, digests: 1},
 		{name: "oci, tag", raw: ociTar(t, []v1.Image{one}, []map[string]string{ann(refName, "v3")}), option: "example.com/y", tags: [][]string{{"example.com/y:v3"}}, digests: 1},
 		{name: "oci, tag without name", raw: ociTar(t, []v1.Image{one}, []map[string]string{ann(refName, "v3")}), tags: [][]string{nil}},
 		{name: "oci, reference", raw: ociTar(t, []v1.Image{one}, []map[string]string{ann(refName, "example.com/z:4")}), tags: [][]string{{"example.com/z:4"}}, digests: 1},
-		{name: "oci, containerd's name", raw: gzipped(t, ociTar(t, []v1.Image{one}, []map[string]string{ann(refName, "4", imageName, "example.com/c:4")})), tags: [][]string{{"example.com/c:4"}}, digests: 1},
+		{name: "oci, containerd's name", raw: gzippedTar(t, ociTar(t, []v1.Image{one}, []map[string]string{ann(refName, "4", imageName, "example.com/c:4")})), tags: [][]string{{"example.com/c:4"}}, digests: 1},
 		{name: "two images", raw: ociTar(t, []v1.Image{one, two}, []map[string]string{ann(imageName, "a.io/a:1"), ann(imageName, "b.io/b:2")}), tags: [][]string{{"a.io/a:1"}, {"b.io/b:2"}}, digests: 1},
 		{name: "one image, two names", raw: ociTar(t, []v1.Image{one, one}, []map[string]string{ann(imageName, "a.io/a:1"), ann(imageName, "b.io/b:2")}), tags: [][]string{{"a.io/a:1"}, {"a.io/a:1", "b.io/b:2"}}},
 	}

@@ -225,21 +225,8 @@ func (s *Store) makeSnapshot(dir string, sn snapshot, uid, gid []specs.LinuxIDMa
 		return &os.PathError{Op: "mkdir", Path: dir, Err: err}
 	}
 	if !sn.readOnly {
-		u, g, err := rootOf(uid, gid)
-		if err != nil {
+		if err := s.makeUpper(dir+"/fs", top(sn.lowers), uid, gid); err != nil {
 			return err
-		}
-		fs := dir + "/fs"
-		if err := unix.Mkdir(fs, 0o755); err != nil {
-			return &os.PathError{Op: "mkdir", Path: fs, Err: err}
-		}
-		if err := unix.Chmod(fs, 0o755); err != nil { // the umask
-			return &os.PathError{Op: "chmod", Path: fs, Err: err}
-		}
-		if u != 0 || g != 0 {
-			if err := os.Lchown(fs, u, g); err != nil {
-				return err
-			}
 		}
 		if err := unix.Mkdir(dir+"/work", 0o711); err != nil {
 			return &os.PathError{Op: "mkdir", Path: dir + "/work", Err: err}
@@ -252,25 +239,57 @@ func (s *Store) makeSnapshot(dir string, sn snapshot, uid, gid []specs.LinuxIDMa
 	return nil
 }
 
-// rootOf maps the container's root to the host.
-func rootOf(uid, gid []specs.LinuxIDMapping) (int, int, error) {
-	if len(uid) == 0 && len(gid) == 0 {
-		return 0, 0, nil
+// makeUpper makes the container's root directory, with the owner and mode that
+// the image's has: overlayfs shows the uppermost one's.
+func (s *Store) makeUpper(fs, lower string, uid, gid []specs.LinuxIDMapping) error {
+	var root unix.Stat_t
+	if err := unix.Lstat(filepath.Join(s.layersDir, lower), &root); err != nil {
+		return &os.PathError{Op: "stat", Path: filepath.Join(s.layersDir, lower), Err: err}
 	}
-	find := func(kind string, m []specs.LinuxIDMapping) (int, error) {
+	u, err := hostID("user", root.Uid, uid)
+	if err != nil {
+		return err
+	}
+	g, err := hostID("group", root.Gid, gid)
+	if err != nil {
+		return err
+	}
+	if err := unix.Mkdir(fs, 0o700); err != nil {
+		return &os.PathError{Op: "mkdir", Path: fs, Err: err}
+	}
+	if u != 0 || g != 0 {
+		if err := os.Lchown(fs, u, g); err != nil {
+			return err
+		}
+	}
+	if err := unix.Chmod(fs, root.Mode&0o7777); err != nil {
+		return &os.PathError{Op: "chmod", Path: fs, Err: err}
+	}
+	return nil
+}
+
+// top is the uppermost layer.
+func top(lowers []string) string {
+	if len(lowers) == 0 {
+		return emptyLayer
+	}
+	return lowers[0]
+}
+
+// hostID is an id of the container's as the host has it. One that the mapping
+// does not reach becomes the container's root.
+func hostID(kind string, id uint32, m []specs.LinuxIDMapping) (int, error) {
+	if len(m) == 0 {
+		return int(id), nil
+	}
+	for _, want := range []uint32{id, 0} {
 		for _, e := range m {
-			if e.ContainerID == 0 && e.Size > 0 {
-				return int(e.HostID), nil
+			if want >= e.ContainerID && uint64(want)-uint64(e.ContainerID) < uint64(e.Size) {
+				return int(e.HostID + want - e.ContainerID), nil
 			}
 		}
-		return 0, fmt.Errorf("%s mappings do not map 0: %w", kind, errdefs.ErrInvalidArgument)
 	}
-	u, err := find("user id", uid)
-	if err != nil {
-		return 0, 0, err
-	}
-	g, err := find("group id", gid)
-	return u, g, err
+	return 0, fmt.Errorf("%s id mappings do not map 0: %w", kind, errdefs.ErrInvalidArgument)
 }
 
 // dropSnapshot forgets the snapshot and has its directory deleted in the

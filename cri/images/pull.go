@@ -599,7 +599,7 @@ func (s *Store) choose(index string, list []ocispec.Descriptor) (ocispec.Descrip
 	var have []string
 	for i := range list {
 		d := &list[i]
-		if d.Annotations["vnd.docker.reference.type"] == "attestation-manifest" {
+		if isAttestation(*d) {
 			continue
 		}
 		if d.Platform == nil {
@@ -615,6 +615,9 @@ func (s *Store) choose(index string, list []ocispec.Descriptor) (ocispec.Descrip
 		if best == nil || best.Platform == nil || match.Less(*d.Platform, *best.Platform) {
 			best = d
 		}
+	}
+	if best == nil && len(have) == 0 {
+		return ocispec.Descriptor{}, fmt.Errorf("%s has no image: %w", index, errdefs.ErrFailedPrecondition)
 	}
 	if best == nil {
 		return ocispec.Descriptor{}, fmt.Errorf("%s has no image for %s, only for %s: %w", index, platforms.Format(*s.cfg.Platform), clip(strings.Join(have, ", ")), errdefs.ErrFailedPrecondition)

@@ -37,7 +37,6 @@ type Store struct {
 	raceAfter   time.Duration
 
 	records sync.Mutex // serialises changes of records on disk
-	loading sync.Mutex // one Load at a time: the importer's names are its own
 
 	mu         sync.RWMutex
 	images     map[digest.Digest]*record
@@ -269,7 +268,8 @@ func (s *Store) unpackAgain(ctx context.Context, r *record) error {
 	l, release := s.lease(false)
 	defer release()
 	p := &pull{}
-	again, err := s.assemble(ctx, l, stored{s}, r.Manifest, p)
+	gone := func(d digest.Digest) error { return fmt.Errorf("blob %s: %w", d, errdefs.ErrNotFound) }
+	again, err := s.assemble(ctx, l, stored{s, gone}, r.Manifest, p)
 	if err != nil {
 		return err
 	}
@@ -303,7 +303,7 @@ type orphan struct {
 
 // lease keeps blobs and layers that no record names yet from being collected.
 type lease struct {
-	all    bool // everything: a Load does not know its digests beforehand
+	all    bool // everything: who looks at all
 	blobs  map[digest.Digest]struct{}
 	chains map[digest.Digest]struct{}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -27,9 +28,20 @@ var reservedLabels = []string{"containerd.io/", "io.containerd.", "io.kubernetes
 
 // parseConfig reads an image config as what it is: input from a stranger.
 func parseConfig(raw []byte, layers int) (*ocispec.Image, error) {
-	var c ocispec.Image
-	if err := json.Unmarshal(raw, &c); err != nil {
+	// Times are nobody's business here, and often wrong: "" for one. The
+	// fields hide those of the embedded type.
+	var doc struct {
+		ocispec.Image
+		Created json.RawMessage `json:"created"`
+		History json.RawMessage `json:"history"`
+	}
+	if err := json.Unmarshal(raw, &doc); err != nil {
 		return nil, fmt.Errorf("image config: %v: %w", err, ErrHostile)
+	}
+	c := doc.Image
+	var created time.Time
+	if json.Unmarshal(doc.Created, &created) == nil && !created.IsZero() {
+		c.Created = &created
 	}
 	bad := func(field, format string, args ...any) error {
 		return fmt.Errorf("image config: %s: %s: %w", field, fmt.Sprintf(format, args...), ErrHostile)
@@ -103,7 +115,6 @@ func parseConfig(raw []byte, layers int) (*ocispec.Image, error) {
 	}
 	// Whoever appends to them gets a copy.
 	c.Config.Env, c.Config.Entrypoint, c.Config.Cmd = slices.Clip(c.Config.Env), slices.Clip(c.Config.Entrypoint), slices.Clip(c.Config.Cmd)
-	c.History = nil // a third of a typical config, and nobody asks for it
 	return &c, nil
 }
 
