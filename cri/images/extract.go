@@ -77,6 +77,7 @@ type extractor struct {
 	implicit []string             // directories made because an entry needed them, parents first
 	noted    int                  // bytes that these two take
 	written  int64                // bytes of content and attributes that take disk
+	shown    *atomic.Int64        // where others see them; nil: nobody looks
 
 	lastName string // name and descriptor of the directory used last
 	lastFD   int
@@ -625,6 +626,9 @@ func (x *extractor) writeAt(fd int, b []byte, at int64, hdr *tar.Header) error {
 // takes accounts for bytes that take disk.
 func (x *extractor) takes(hdr *tar.Header, n int) error {
 	x.written += int64(n)
+	if x.shown != nil {
+		x.shown.Add(int64(n))
+	}
 	if x.budget.bytes.Add(int64(n)) > x.budget.limits.UnpackedSize {
 		return x.refuse(hdr.Name, "the image unpacks to more than %d bytes", x.budget.limits.UnpackedSize)
 	}

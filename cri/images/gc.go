@@ -221,7 +221,7 @@ func keep(now, since time.Time, ttl time.Duration, next *time.Duration) bool {
 // they are older than ttl, what a Load has left (its names say nothing about
 // its content) and torn ones at once.
 func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *time.Duration) error {
-	root := filepath.Join(s.cfg.Dir, "content", "ingest")
+	root := s.ingestDir()
 	entries, err := os.ReadDir(root)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -237,6 +237,38 @@ func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *tim
 			}
 		}
 		s.mu.Lock() // a fetch is entered under mu before it opens its ingest
+		if !s.ingesting(e.Name()) {
+			errs = append(errs, os.Rename(dir, s.trash(e.Name())))
+		}
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) ingestDir() string { return filepath.Join(s.cfg.Dir, "content", "ingest") }
+
+// dropPartial frees what a pull has brought that nobody else wants: it is not
+// carried on.
+func (s *Store) dropPartial(blobs map[digest.Digest]struct{}) error {
+	s.mu.Lock()
+	used, _, _ := s.inUse()
+	for d := range blobs {
+		if _, ok := used[d]; !ok {
+			delete(s.orphans, d) // the collector does the rest
+		}
+	}
+	s.mu.Unlock()
+	defer s.kickGC()
+	entries, err := os.ReadDir(s.ingestDir())
+	errs := []error{err}
+	for _, e := range entries {
+		dir := filepath.Join(s.ingestDir(), e.Name())
+		ref, err := os.ReadFile(filepath.Join(dir, "ref"))
+		d, _, ok := strings.Cut(strings.TrimPrefix(string(ref), ingestPrefix), "@")
+		if _, mine := blobs[digest.Digest(d)]; err != nil || !ok || !mine {
+			continue
+		}
+		s.mu.Lock()
 		if !s.ingesting(e.Name()) {
 			errs = append(errs, os.Rename(dir, s.trash(e.Name())))
 		}

@@ -211,3 +211,5 @@ func manyFiles(n, size int) []entry {
 }
 
 func digestOf(h v1.Hash) digest.Digest { return digest.Digest(h.String()) }
+
+func hashOf(raw []byte) v1.Hash { return must(v1.NewHash(digest.FromBytes(raw).String())) }

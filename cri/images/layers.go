@@ -242,7 +242,8 @@ func (s *Store) unpackLayer(ctx context.Context, l layer, parents []digest.Diges
 	defer plain.Close()
 	hashed := io.TeeReader(&metered{plain, b}, diffID.Hash())
 
-	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices, log: s.log, turn: t}
+	x := &extractor{root: root, layer: l.Blob, budget: b, devices: s.cfg.Devices, log: s.log, turn: t, shown: &s.unfinished}
+	defer func() { s.unfinished.Add(-x.written) }()
 	x.ratio = func() bool { return x.written > 256<<20 && x.written/max(in.n, 1) > b.limits.Ratio }
 	if err := x.run(ctx, hashed); err != nil {
 		return layer{}, err

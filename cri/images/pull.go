@@ -62,8 +62,8 @@ type pull struct {
 
 // Pull fetches ref from its registry, unpacks it and returns it. Calls for the
 // same ref with the same credentials join. When ctx ends and nobody else waits,
-// the pull is given up; what came is kept for the next attempt for
-// Config.PartialTTL. progress may be nil; it is called from one goroutine at a
+// the pull is given up, and what came of it goes soon; when the registry or the
+// network fails, it is kept for the next attempt for Config.PartialTTL. progress may be nil; it is called from one goroutine at a
 // time, must return soon and must not call the store.
 //
 // Errors: errdefs.ErrInvalidArgument (reference, or an image that is refused:
@@ -317,6 +317,8 @@ func (s *Store) pull(ctx context.Context, t target, auth *runtimeapi.AuthConfig,
 	r, err := s.assemble(ctx, l, from, desc, p)
 	if err != nil {
 		s.abandon(l)
+		release()
+		s.unwanted(ctx, l, err)
 		return nil, reg.explain(ctx, "fetch", err)
 	}
 	r.Tags, r.Digests = names.Tags, names.Digests
@@ -326,6 +328,32 @@ func (s *Store) pull(ctx context.Context, t target, auth *runtimeapi.AuthConfig,
 	p.change(func(now *Progress) { now.Stage = stageDone })
 	s.log.Info("image pulled", "ref", t.String(), "id", r.ID, "bytes", r.size, "layers", len(r.Layers), "took", time.Since(began))
 	return r, nil
+}
+
+// givenUpTTL is how long what a pull has brought is kept when nobody waits for
+// it any more: long enough for a daemon that ends to have ended, and for its
+// next run to go on.
+const givenUpTTL = 10 * time.Second
+
+// unwanted frees what a failed pull has brought where nobody will carry it on:
+// at once where the disk is full, soon where the pull was given up.
+func (s *Store) unwanted(ctx context.Context, l *lease, err error) {
+	drop := func() {
+		if err := s.dropPartial(l.blobs); err != nil {
+			s.log.Warn("what a pull has left takes space for longer", "error", err)
+		}
+	}
+	switch {
+	case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT):
+		drop()
+	case ctx.Err() != nil && s.ctx.Err() == nil:
+		time.AfterFunc(s.givenUpTTL, func() {
+			if _, leave, err := s.enter(context.Background()); err == nil {
+				defer leave()
+				drop()
+			}
+		})
+	}
 }
 
 // abandon notes what a failed pull leaves behind, and has it collected when

@@ -746,7 +746,7 @@ func TestRefusedImages(t *testing.T) {
 		many = append(many, layerOf(t, file(fmt.Sprint(i), "")))
 	}
 	a, b := archiveOf(t, file("a", "a")), archiveOf(t, file("b", "b"))
-	same := archiveOf(t, file("same", strings.Repeat("x", 300<<20)))
+	same := archiveOf(t, file("same", strings.Repeat("x", 260<<20)))
 	enc, err := zstd.NewWriter(nil)
 	if err != nil {
 		t.Fatal(err)
@@ -760,7 +760,7 @@ func TestRefusedImages(t *testing.T) {
 	}{
 		{"too many layers", imageOf(t, many...), errdefs.IsInvalidArgument, "130 layers"},
 		{"wrong diff id", imageOf(t, rawLayer{a, b, types.OCIUncompressedLayer}), errdefs.IsDataLoss, "config says"},
-		{"bomb", imageOf(t, rawLayer{enc.EncodeAll(same, nil), same, types.OCILayerZStd}), errdefs.IsInvalidArgument, "times its size"},
+		{"bomb", imageOf(t, liar{rawLayer{enc.EncodeAll(same, nil), nil, types.OCILayerZStd}, hashOf(same)}), errdefs.IsInvalidArgument, "times its size"},
 		{"traversal", imageOf(t, evil), errdefs.IsInvalidArgument, layerDigest(t, evil).String()},
 		{"no archive", imageOf(t, rawLayer{[]byte(strings.Repeat("garbage", 200)), []byte(strings.Repeat("garbage", 200)), types.OCIUncompressedLayer}), func(err error) bool { return err != nil }, "layer sha256:"},
 	}

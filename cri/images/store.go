@@ -35,6 +35,7 @@ type Store struct {
 
 	unpackSlots *semaphore.Weighted
 	raceAfter   time.Duration
+	givenUpTTL  time.Duration
 
 	records sync.Mutex // serialises changes of records on disk
 
@@ -54,9 +55,10 @@ type Store struct {
 	orphans    map[digest.Digest]orphan // blobs that no record vouches for: of pulls that did not end well
 	keys       map[string]*keyLock
 
-	gc      collector
-	trashed atomic.Int64 // names the next one in trash
-	usage   *tree.Meter
+	gc         collector
+	trashed    atomic.Int64 // names the next one in trash
+	unfinished atomic.Int64 // bytes of layers that are being unpacked
+	usage      *tree.Meter
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -107,6 +109,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		unpackings:    map[unpackKey]*unpacking{},
 		unpacked:      make(chan struct{}),
 		raceAfter:     raceAfter,
+		givenUpTTL:    givenUpTTL,
 		fetches:       map[digest.Digest][]*fetch{},
 		pulls:         map[pullKey]*pull{},
 		imports:       map[string]struct{}{},

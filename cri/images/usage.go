@@ -50,10 +50,46 @@ func (s *Store) measureSnapshot(ctx context.Context, key string, pace tree.Stepp
 	return tree.Measure(ctx, fd, pace)
 }
 
+// pending bytes: of downloads and loads, under way or left, that are no image's
+// yet.
+func (s *Store) pending() (bytes int64) {
+	s.mu.RLock()
+	blobs := map[digest.Digest]struct{}{}
+	for d := range s.orphans {
+		blobs[d] = struct{}{}
+	}
+	for l := range s.leases {
+		for d := range l.blobs {
+			blobs[d] = struct{}{}
+		}
+	}
+	for _, r := range s.images {
+		for d := range r.blobs {
+			delete(blobs, d)
+		}
+	}
+	s.mu.RUnlock()
+	add := func(path string) {
+		var st unix.Stat_t
+		if unix.Lstat(path, &st) == nil { // else it has come to its end
+			bytes += st.Blocks * 512
+		}
+	}
+	for d := range blobs {
+		add(s.blobPath(d))
+	}
+	entries, _ := os.ReadDir(s.ingestDir())
+	for _, e := range entries {
+		add(filepath.Join(s.ingestDir(), e.Name(), "data"))
+	}
+	return bytes + s.unfinished.Load()
+}
+
 // FsInfo of the store: the bytes and inodes that its images and snapshots
-// take, as far as they are known without looking.
+// take, as far as they are known without looking, and what downloads and loads
+// have brought.
 func (s *Store) FsInfo(ctx context.Context) (*runtimeapi.FilesystemUsage, error) {
-	var bytes, inodes uint64
+	bytes, inodes := uint64(s.pending()), uint64(0)
 	s.mu.RLock()
 	blobs := map[digest.Digest]struct{}{} // those that images share count once
 	for _, r := range s.images {
