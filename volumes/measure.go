@@ -132,7 +132,11 @@ func (v *Volumes) renew(ctx context.Context, pods []*v1.Pod) {
 		if !slices.ContainsFunc(pod.Spec.Volumes, func(vol v1.Volume) bool { return hasToken(&vol) }) {
 			continue
 		}
-		if err := v.Refresh(ctx, pod); err != nil && ctx.Err() == nil && !errors.Is(err, errNoDirectory) {
+		// A pod whose set-up hangs keeps the others from no token.
+		one, cancel := context.WithTimeout(ctx, foreignTimeout)
+		err := v.Refresh(one, pod)
+		cancel()
+		if err != nil && ctx.Err() == nil && !errors.Is(err, errNoDirectory) {
 			v.log.Warn("volumes are not refreshed", "namespace", pod.Namespace, "pod", pod.Name, "error", err)
 		}
 	}

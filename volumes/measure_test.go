@@ -2,6 +2,7 @@ package volumes
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -190,5 +191,27 @@ func BenchmarkMeasure(b *testing.B) {
 		if u, err := tree.Measure(context.Background(), d.fd, nil); err != nil || u.Inodes != 10001 {
 			b.Fatal(u, err)
 		}
+	}
+}
+
+// TestNobodyWaitsForAPodLongerThanHeHasTime: a set-up that hangs has the pod's
+// lock.
+func TestNobodyWaitsForAPodLongerThanHeHasTime(t *testing.T) {
+	v, _ := testVolumes(t)
+	unlock, err := v.lock(t.Context(), "u1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	p := pod("u1")
+	for what, err := range map[string]error{"refresh": v.Refresh(ctx, p), "set-up": v.Setup(ctx, p), "teardown": v.Teardown(ctx, "u1")} {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	unlock()
+	if len(v.locks) != 0 {
+		t.Errorf("%d locks are left", len(v.locks))
 	}
 }

@@ -28,7 +28,11 @@ func removeTree(ctx context.Context, d *dir, name string) error {
 // without Setup, and again. It never deletes anything on another mount: when
 // one cannot be taken away the directory stays and the error names it.
 func (v *Volumes) Teardown(ctx context.Context, uid types.UID) error {
-	defer v.lock(uid)()
+	unlock, err := v.lock(ctx, uid)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := checkUID(uid); err != nil {
 		return err
 	}

@@ -102,7 +102,7 @@ type Volumes struct {
 }
 
 type podLock struct {
-	sync.Mutex
+	held  chan struct{} // full while held
 	users int
 }
 
@@ -117,24 +117,30 @@ func New(cfg Config) *Volumes {
 	return &Volumes{cfg: cfg, log: cfg.Log, locks: map[types.UID]*podLock{}, patience: foreignPatience, turns: tree.NewTurns(walkShare, walks)}
 }
 
-// lock makes the calls for one pod follow each other.
-func (v *Volumes) lock(uid types.UID) (unlock func()) {
+// lock makes the calls for one pod follow each other. It waits as long as ctx
+// lasts.
+func (v *Volumes) lock(ctx context.Context, uid types.UID) (unlock func(), err error) {
 	v.mu.Lock()
 	l := v.locks[uid]
 	if l == nil {
-		l = &podLock{}
+		l = &podLock{held: make(chan struct{}, 1)}
 		v.locks[uid] = l
 	}
 	l.users++
 	v.mu.Unlock()
-	l.Lock()
-	return func() {
-		l.Unlock()
+	leave := func() {
 		v.mu.Lock()
+		defer v.mu.Unlock()
 		if l.users--; l.users == 0 {
 			delete(v.locks, uid)
 		}
-		v.mu.Unlock()
+	}
+	select {
+	case l.held <- struct{}{}:
+		return func() { <-l.held; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, fmt.Errorf("volumes of pod %s are being changed: %w", uid, context.Cause(ctx))
 	}
 }
 
@@ -248,7 +254,11 @@ func used(pod *v1.Pod) map[string]bool {
 // What is there already is left as it is, so it may be called again after a
 // failure or a restart. The error names volume and path.
 func (v *Volumes) Setup(ctx context.Context, pod *v1.Pod) error {
-	defer v.lock(pod.UID)()
+	unlock, err := v.lock(ctx, pod.UID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	p, err := v.openPod(pod.UID, true)
 	if err != nil {
 		return fmt.Errorf("directory %s of pod %s/%s: %w", v.podDir(pod.UID), pod.Namespace, pod.Name, err)
@@ -372,7 +382,11 @@ var errNoDirectory = fmt.Errorf("pod has no directory: %w", errdefs.ErrNotFound)
 // date. Volumes whose content is the same are not touched, and volumes that are
 // not there are not made.
 func (v *Volumes) Refresh(ctx context.Context, pod *v1.Pod) error {
-	defer v.lock(pod.UID)()
+	unlock, err := v.lock(ctx, pod.UID)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	p, err := v.openPod(pod.UID, false)
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("volumes of pod %s/%s: %w", pod.Namespace, pod.Name, errNoDirectory)

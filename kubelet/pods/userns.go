@@ -87,7 +87,7 @@ type userns struct {
 	ids    userIDs
 	podDir func(types.UID) string
 
-	mu   sync.Mutex
+	mu   sync.Mutex           // held over no file
 	used map[uint64]types.UID // by first id
 }
 
@@ -112,24 +112,50 @@ func (u *userns) get(pod *v1.Pod) (*runtimeapi.UserNamespace, error) {
 	if !wantsUserns(pod) {
 		return nil, nil
 	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
 	first, length, err := u.read(pod.UID)
 	if errors.Is(err, fs.ErrNotExist) {
 		length = u.ids.perPod
-		if first, err = u.pick(); err == nil {
-			err = u.write(pod.UID, first)
-		}
+		first, err = u.begin(pod.UID)
+	}
+	if err == nil {
+		err = u.hold(first, pod.UID)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("user namespace of pod %s: %w", pod.UID, err)
 	}
-	if owner, taken := u.used[first]; taken && owner != pod.UID {
-		return nil, fmt.Errorf("user namespace of pod %s: its ids from %d are pod %s's: %w", pod.UID, first, owner, errdefs.ErrAlreadyExists)
-	}
-	u.used[first] = pod.UID
 	m := []*runtimeapi.IDMapping{{HostId: uint32(first), ContainerId: 0, Length: uint32(length)}}
 	return &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: m, Gids: m}, nil
+}
+
+// begin a range for a pod that has none. The file is written with nobody
+// waiting: it is synced, which a slow disk takes its time for.
+func (u *userns) begin(uid types.UID) (first uint64, err error) {
+	u.mu.Lock()
+	if first, err = u.pick(); err == nil {
+		u.used[first] = uid
+	}
+	u.mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	if err := u.write(uid, first); err != nil {
+		u.mu.Lock()
+		delete(u.used, first)
+		u.mu.Unlock()
+		return 0, err
+	}
+	return first, nil
+}
+
+// hold a range for a pod, unless it is another's.
+func (u *userns) hold(first uint64, uid types.UID) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if owner, taken := u.used[first]; taken && owner != uid {
+		return fmt.Errorf("its ids from %d are pod %s's: %w", first, owner, errdefs.ErrAlreadyExists)
+	}
+	u.used[first] = uid
+	return nil
 }
 
 // pick the first range that is free.
@@ -202,7 +228,7 @@ func (u *userns) release(uid types.UID) {
 
 // recover what the pods that are on disk have.
 func (u *userns) recover(uids []types.UID) (problems []error) {
-	u.mu.Lock()
+	u.mu.Lock() // nobody waits yet
 	defer u.mu.Unlock()
 	for _, uid := range uids {
 		first, length, err := u.read(uid)

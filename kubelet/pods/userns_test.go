@@ -131,3 +131,34 @@ func TestUserNamespaceOfAPod(t *testing.T) {
 		}
 	})
 }
+
+// TestASlowDiskHoldsUpOnePodsIDs and nobody else's.
+func TestASlowDiskHoldsUpOnePodsIDs(t *testing.T) {
+	u := testUserns(t, 4)
+	dir, answers := u.podDir, make(chan struct{})
+	u.podDir = func(uid types.UID) string {
+		if uid == "slow" {
+			<-answers
+		}
+		return dir(uid)
+	}
+	slow := make(chan error, 1)
+	go func() { _, err := u.get(mkpod("p", "slow", noHostUsers)); slow <- err }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if _, err := u.get(mkpod("p", "quick", noHostUsers)); err != nil {
+			t.Error(err)
+		}
+		u.release("quick")
+	}()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Error("another pod waits for the file of the first")
+	}
+	close(answers)
+	if err := <-slow; err != nil {
+		t.Error(err)
+	}
+}
