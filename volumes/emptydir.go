@@ -80,9 +80,15 @@ func (v *Volumes) mountEmptyDir(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 	medium := vol.EmptyDir.Medium
 	switch {
 	case medium == v1.StorageMediumMemory:
+		if err := holdsAPage(vol.EmptyDir.SizeLimit, int64(os.Getpagesize())); err != nil {
+			return err
+		}
 		return v.mountTmpfs(kind, vol.Name, v.memorySize(pod, vol.EmptyDir.SizeLimit))
 	case medium == v1.StorageMediumHugePages || strings.HasPrefix(string(medium), string(v1.StorageMediumHugePagesPrefix)):
 		size, amount, err := hugePages(pod, medium)
+		if err == nil {
+			err = holdsAPage(vol.EmptyDir.SizeLimit, size)
+		}
 		if err != nil {
 			return err
 		}
@@ -97,6 +103,21 @@ func (v *Volumes) mountEmptyDir(pod *v1.Pod, kind *dir, vol *v1.Volume) error {
 		})
 	}
 	return fmt.Errorf("emptyDir.medium %q: want \"\", Memory, HugePages or HugePages-<size>: %w", medium, errdefs.ErrInvalidArgument)
+}
+
+// holdsAPage refuses a limit of a volume in memory that is too small for
+// anything: what is written there would fail without a reason that anybody could
+// see. nil and 0 are no limit, as upstream has it.
+func holdsAPage(limit *resource.Quantity, page int64) error {
+	if limit == nil || limit.Sign() <= 0 || limit.Value() >= page {
+		return nil
+	}
+	remedy := "raise it or leave it out"
+	if text := limit.String(); strings.HasSuffix(text, "m") {
+		n := strings.TrimSuffix(text, "m")
+		remedy = fmt.Sprintf("m means thousandths of a byte, write %sM or %sMi", n, n)
+	}
+	return fmt.Errorf("emptyDir.sizeLimit %s is less than a page of memory (%d bytes), nothing could be written: %s: %w", limit, page, remedy, errdefs.ErrInvalidArgument)
 }
 
 // mountTmpfs mounts a tmpfs of a size in bytes (0: the kernel's default, half of

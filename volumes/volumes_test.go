@@ -450,3 +450,28 @@ func TestUnsupportedNamesKindAndRemedy(t *testing.T) {
 	p.Spec.Containers[0].VolumeMounts = nil
 	setup(t, v, p)
 }
+
+// TestALimitThatHoldsNothingIsRefused: the smallest volume in memory has a page.
+func TestALimitThatHoldsNothingIsRefused(t *testing.T) {
+	needRoot(t)
+	for limit, says := range map[string]string{
+		"500m": "write 500M or 500Mi", "1": "raise it or leave it out", "4095": "raise it or leave it out",
+		"0": "", "4Ki": "", "64Mi": "", "5000000m": "", // 5000 bytes
+	} {
+		v, _ := testVolumes(t)
+		p := pod("u1", emptyDirVolume("cache", v1.StorageMediumMemory))
+		q := resource.MustParse(limit)
+		p.Spec.Volumes[0].EmptyDir.SizeLimit = &q
+		err := v.Setup(context.Background(), p)
+		switch {
+		case says == "" && err != nil:
+			t.Errorf("%s: %v", limit, err)
+		case says != "" && (!errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), `"cache"`) || !strings.Contains(err.Error(), "emptyDir.sizeLimit "+limit)):
+			t.Errorf("%s: %v", limit, err)
+		case says == "":
+			if err := os.WriteFile(v.path(p, &p.Spec.Volumes[0])+"/f", make([]byte, 4096), 0o600); err != nil {
+				t.Errorf("%s: %v", limit, err)
+			}
+		}
+	}
+}

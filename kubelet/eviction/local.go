@@ -4,6 +4,7 @@ package eviction
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -35,12 +36,12 @@ func Local(pod *v1.Pod, used *stats.PodStats) (message string) {
 			continue
 		}
 		if limit := vol.EmptyDir.SizeLimit; over(volumes[vol.Name], limit) {
-			return fmt.Sprintf("Usage of EmptyDir volume %q exceeds the limit %q. ", vol.Name, limit.String())
+			return fmt.Sprintf("Usage of EmptyDir volume %q exceeds the limit %q. ", vol.Name, limit.String()) + fraction(limit)
 		}
 	}
 	limits := resourcehelper.PodLimits(pod, resourcehelper.PodResourcesOptions{})
 	if limit, ok := limits[v1.ResourceEphemeralStorage]; ok && over(usedBytes(used.EphemeralStorage), &limit) {
-		return fmt.Sprintf("Pod ephemeral local storage usage exceeds the total limit of containers %s. ", limit.String())
+		return fmt.Sprintf("Pod ephemeral local storage usage exceeds the total limit of containers %s. ", limit.String()) + fraction(&limit)
 	}
 	for i := range used.Containers {
 		c := &used.Containers[i]
@@ -50,11 +51,21 @@ func Local(pod *v1.Pod, used *stats.PodStats) (message string) {
 				continue
 			}
 			if over(usedBytes(c.Logs)+usedBytes(c.Rootfs), &limit) {
-				return fmt.Sprintf("Container %s exceeded its local ephemeral storage limit %q. ", c.Name, limit.String())
+				return fmt.Sprintf("Container %s exceeded its local ephemeral storage limit %q. ", c.Name, limit.String()) + fraction(&limit)
 			}
 		}
 	}
 	return ""
+}
+
+// fraction adds to upstream's words what a limit says that has a fraction of a
+// byte: somebody meant something else.
+func fraction(limit *resource.Quantity) string {
+	n, ok := strings.CutSuffix(limit.String(), "m")
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%sm are thousandths of a byte: write %sM or %sMi. ", n, n, n)
 }
 
 func over(used uint64, limit *resource.Quantity) bool {

@@ -54,6 +54,16 @@ func TestLocal(t *testing.T) {
 			used: stats.PodStats{VolumeStats: []stats.VolumeStats{volume("a", 1025), volume("b", 5000)}},
 			want: `Usage of EmptyDir volume "a" exceeds the limit "1Ki". `,
 		},
+		"a volume's limit in thousandths of a byte": {
+			spec: v1.PodSpec{Volumes: []v1.Volume{emptyDir("a", "500m")}},
+			used: stats.PodStats{VolumeStats: []stats.VolumeStats{volume("a", 1)}},
+			want: `Usage of EmptyDir volume "a" exceeds the limit "500m". 500m are thousandths of a byte: write 500M or 500Mi. `,
+		},
+		"a container's": {
+			spec: v1.PodSpec{Containers: []v1.Container{container("c", "128m")}},
+			used: stats.PodStats{EphemeralStorage: fs(4096)},
+			want: "Pod ephemeral local storage usage exceeds the total limit of containers 128m. 128m are thousandths of a byte: write 128M or 128Mi. ",
+		},
 		"not measured yet": {
 			spec: v1.PodSpec{Volumes: []v1.Volume{emptyDir("a", "1Ki")}, Containers: []v1.Container{container("c", "1Ki")}},
 		},
