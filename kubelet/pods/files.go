@@ -72,22 +72,46 @@ func writeShared(path string, content []byte, mode os.FileMode) error {
 
 // envFile reads one variable of a file in a volume (KEP-3721).
 func (s *launch) envFile(volume, path, key string) (string, bool, error) {
-	root, err := os.OpenRoot(filepath.Join(s.w.t.cfg.Node.PodDir(s.pod.UID), "volumes", "kubernetes.io~empty-dir", volume))
-	if err != nil {
-		return "", false, err
-	}
-	defer root.Close()
-	f, err := root.Open(path)
-	if err != nil {
-		return "", false, err
-	}
-	defer f.Close()
+	dir := filepath.Join(s.w.t.cfg.Node.PodDir(s.pod.UID), "volumes", "kubernetes.io~empty-dir", volume)
 	const maxEnvFile = 1 << 20 // what upstream reads at most
-	data, err := io.ReadAll(io.LimitReader(f, maxEnvFile))
+	data, err := readBelow(dir, path, maxEnvFile)
 	if err != nil {
 		return "", false, err
 	}
 	return parseEnv(data, key)
+}
+
+// readBelow reads up to n bytes of a regular file in a directory that containers
+// write. No link leads out of it. The file is looked at before it is opened: a
+// FIFO would keep us waiting, a device node that a container has made would be
+// the host's device.
+func readBelow(dir, path string, n int64) ([]byte, error) {
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
+	}
+	defer unix.Close(root)
+	fd, err := unix.Openat2(root, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS})
+	for try := 0; err == unix.EAGAIN && try < 128; try++ { // a rename anywhere on the system raced with a ".."
+		fd, err = unix.Openat2(root, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS})
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) // that very file
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, n))
 }
 
 // parseEnv finds key in lines of KEY='value', as KEP-3721 and upstream define

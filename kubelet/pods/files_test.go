@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -210,5 +212,37 @@ func TestWithTag(t *testing.T) {
 	}
 	if _, err := withTag("UPPER CASE"); err == nil {
 		t.Error("an invalid name was taken")
+	}
+}
+
+// TestOnlyRegularFilesOfContainersAreRead: what a container puts in the place of
+// a file neither keeps podd waiting nor is a device of the host.
+func TestOnlyRegularFilesOfContainersAreRead(t *testing.T) {
+	dir, outside := t.TempDir(), t.TempDir()
+	for path, content := range map[string]string{dir + "/plain": "A='1'", outside + "/secret": "A='2'"} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("plain", dir+"/link"), os.Symlink(outside+"/secret", dir+"/out"), os.Mkdir(dir+"/dir", 0o700),
+		unix.Mkfifo(dir+"/fifo", 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	bad := []string{"out", "dir", "fifo", "../" + filepath.Base(outside) + "/secret", "none"}
+	if unix.Mknod(dir+"/zero", unix.S_IFCHR|0o666, int(unix.Mkdev(1, 5))) == nil {
+		bad = append(bad, "zero")
+	}
+	for _, name := range bad {
+		if data, err := readBelow(dir, name, 100); err == nil {
+			t.Errorf("%s: %q", name, data)
+		}
+	}
+	for _, name := range []string{"plain", "link", "dir/../plain"} {
+		if data, err := readBelow(dir, name, 100); err != nil || string(data) != "A='1'" {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+	}
+	if _, err := readBelow(dir, "none", 1); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file that is not there: %v", err)
 	}
 }
