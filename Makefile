@@ -14,7 +14,7 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables dbus-daemon
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit integration soak critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit fuzz integration soak critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
@@ -57,11 +57,14 @@ run: deps ## Build, then run the example pods in ./_run until Ctrl-C (as root)
 test: test-deps ## Install what the tests need, run all tests (as root), sum up in one line
 	@GO='$(GO)' .ci/tests all
 
-test-all: test-deps ## The same in long: critest serially too, crictl, upstream's kubelet (builds for minutes)
+test-all: test-deps ## The same in long: critest serially too, crictl, upstream's kubelet (builds for minutes), fuzzing
 	@GO='$(GO)' PODD_TEST_ALL=1 .ci/tests all
 
 unit: test-deps ## Run the unit tests only
 	@GO='$(GO)' .ci/tests unit
+
+fuzz: test-deps ## Run each fuzz target for a minute, or PODD_FUZZ_TIME=10m (as root)
+	@GO='$(GO)' .ci/tests fuzz
 
 integration: test-deps ## Run the integration tests only (as root)
 	@GO='$(GO)' .ci/tests integration

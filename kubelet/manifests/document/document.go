@@ -258,7 +258,7 @@ func (doc Document) root() *yamlv3.Node {
 
 func parse(doc Document) *yamlv3.Node {
 	var root yamlv3.Node
-	if err := yamlv3.Unmarshal(doc.Text, &root); err != nil || len(root.Content) == 0 {
+	if err := yamlv3.Unmarshal(doc.Text, &root); err != nil || len(root.Content) == 0 || bounded(&root, len(doc.Text)) != nil {
 		return nil
 	}
 	return root.Content[0]

@@ -38,12 +38,10 @@ func (doc Document) plain() ([]byte, []Problem) {
 	if err := yamlv3.Unmarshal(doc.Text, &root); err != nil {
 		return nil, yamlProblems(doc, err)
 	}
-	x := expander{doc: doc, sizes: map[*yamlv3.Node]int{}}
-	switch size := x.size(&root); {
-	case x.cyclic:
-		return nil, []Problem{{Line: doc.Line, Message: "an anchor contains itself", Remedy: "remove the alias"}}
-	case size-len(x.sizes)*nodeWeight-len(doc.Text) > maxExpanded:
-		return nil, []Problem{{Line: doc.Line, Message: fmt.Sprintf("its aliases make it larger than %d MiB", maxExpanded>>20), Remedy: "write out less of it, or split it"}}
+	x := expander{doc: doc}
+	if refused := bounded(&root, len(doc.Text)); refused != nil {
+		refused.Line = doc.Line
+		return nil, []Problem{*refused}
 	}
 	if !x.overrides(&root) {
 		return doc.Text, nil
@@ -52,34 +50,51 @@ func (doc Document) plain() ([]byte, []Problem) {
 	return x.out.Bytes(), x.problems
 }
 
-// expander writes a document without aliases and merge keys.
-type expander struct {
-	doc      Document
-	sizes    map[*yamlv3.Node]int // of nodes written out; 0: under way
-	cyclic   bool
-	out      bytes.Buffer
-	problems []Problem
+// bounded says what is wrong with the aliases of a document whose text has so
+// many bytes; nil: nothing. Whatever follows aliases asks it first.
+func bounded(root *yamlv3.Node, text int) *Problem {
+	w := weights{sizes: map[*yamlv3.Node]int{}}
+	switch size := w.of(root); {
+	case w.cyclic:
+		return &Problem{Message: "an anchor contains itself", Remedy: "remove the alias"}
+	case size-len(w.sizes)*nodeWeight-text > maxExpanded:
+		return &Problem{Message: fmt.Sprintf("its aliases make it larger than %d MiB", maxExpanded>>20), Remedy: "write out less of it, or split it"}
+	}
+	return nil
+}
+
+// weights are the sizes of nodes when they are written out.
+type weights struct {
+	sizes  map[*yamlv3.Node]int // 0: under way
+	cyclic bool
 }
 
 // enough is more than any size that matters.
 const enough = 1 << 40
 
-// size of a node when it is written out, at most enough.
-func (x *expander) size(n *yamlv3.Node) int {
-	if known, ok := x.sizes[n]; ok {
-		x.cyclic = x.cyclic || known == 0
+// of a node, at most enough.
+func (w *weights) of(n *yamlv3.Node) int {
+	if known, ok := w.sizes[n]; ok {
+		w.cyclic = w.cyclic || known == 0
 		return known
 	}
-	x.sizes[n] = 0
+	w.sizes[n] = 0
 	sum := nodeWeight + len(n.Value)
 	if n.Kind == yamlv3.AliasNode {
-		sum = x.size(n.Alias)
+		sum = w.of(n.Alias)
 	}
 	for _, c := range n.Content {
-		sum = min(sum+x.size(c), enough)
+		sum = min(sum+w.of(c), enough)
 	}
-	x.sizes[n] = sum
+	w.sizes[n] = sum
 	return sum
+}
+
+// expander writes a document without aliases and merge keys.
+type expander struct {
+	doc      Document
+	out      bytes.Buffer
+	problems []Problem
 }
 
 func isMerge(key *yamlv3.Node) bool {
