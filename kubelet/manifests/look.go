@@ -43,29 +43,41 @@ func (s *Source) look(now time.Time) {
 		return
 	}
 	slices.Sort(names)
+	names = s.bounded(names, now)
 	found := make([]outcome, len(names))
 	s.each(len(names), func(i int) {
 		known := s.files[names[i]]
 		if known != nil && known.unlinked {
 			known = nil
 		}
-		found[i] = s.load(names[i], known)
+		found[i] = s.loadInTime(names[i], known)
 	})
 
 	affected := map[ObjectRef]struct{}{}
-	for _, o := range found {
-		s.take(o, now, affected)
+	held := 0
+	for i := range found {
+		s.take(found[i], now, affected)
+		if held += len(found[i].data); held > maxSize {
+			s.keep(&found[i])
+		}
 	}
 	s.settleClaims(affected, now)
 	// After the pods are on their way.
-	for _, o := range found {
-		if o.data != nil {
-			if err := s.kept.save(o.name, o.data); err != nil {
-				s.log.Warn("good version of the manifest is not kept", "file", o.name, "error", err)
-			}
-		}
+	for i := range found {
+		s.keep(&found[i])
 	}
 	s.saveHeld()
+}
+
+// keep the good version of a file for a start that finds it broken.
+func (s *Source) keep(o *outcome) {
+	if o.data == nil {
+		return
+	}
+	if err := s.kept.save(o.name, o.data); err != nil {
+		s.log.Warn("good version of the manifest is not kept", "file", o.name, "error", err)
+	}
+	o.data = nil
 }
 
 // restore puts the last good version of a file in force that podd found broken
@@ -108,6 +120,41 @@ func (s *Source) each(n int, f func(int)) {
 	wg.Wait()
 }
 
+// read returns what is in a file; same: nothing new since it was known. Symlinks
+// are followed, as upstream does. What is no file is found out without opening
+// it: a FIFO would block, and a device may do anything.
+func (s *Source) read(path string, known *file, id *fileID) (data []byte, same bool, err error) {
+	at, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, false, err
+	}
+	defer unix.Close(at)
+	var st unix.Stat_t
+	if err := unix.Fstat(at, &st); err != nil {
+		return nil, false, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, false, &Problem{Message: "is not a regular file", Remedy: "directories are not descended into; move manifests up"}
+	}
+	*id = fileID{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	if known != nil && known.id == *id {
+		return nil, true, nil
+	}
+	large := &Problem{Message: fmt.Sprintf("is larger than %d MiB", maxSize>>20), Remedy: "split it"}
+	if st.Size > maxSize {
+		return nil, false, large
+	}
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", at))
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	if data, err = io.ReadAll(io.LimitReader(f, maxSize+1)); err == nil && len(data) > maxSize {
+		err = large // it grows
+	}
+	return data, false, err
+}
+
 // load reads one file. It only reads s and known.
 func (s *Source) load(name string, known *file) (o outcome) {
 	o.name = name
@@ -126,35 +173,19 @@ func (s *Source) load(name string, known *file) (o outcome) {
 			fail(fmt.Sprintf("cannot be decoded: %v", r), "report this with the file")
 		}
 	}()
-	// Symlinks are followed, as upstream does; a FIFO must not block.
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	data, same, err := s.read(path, known, &o.id)
+	var wrong *Problem
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		o.gone = true
 		return o
+	case errors.As(err, &wrong):
+		return fail(wrong.Message, wrong.Remedy)
 	case err != nil:
-		return fail(fmt.Sprintf("cannot be opened: %v", err), "make it readable for podd")
-	}
-	f := os.NewFile(uintptr(fd), path)
-	defer f.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return fail(fmt.Sprintf("cannot be read: %v", err), "")
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return fail("is not a regular file", "directories are not descended into; move manifests up")
-	}
-	o.id = fileID{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
-	if known != nil && known.id == o.id {
+		return fail(fmt.Sprintf("cannot be read: %v", err), "make it readable for podd")
+	case same:
 		o.same = true
 		return o
-	}
-	if st.Size > maxSize {
-		return fail(fmt.Sprintf("is larger than %d MiB", maxSize>>20), "split it")
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxSize+1))
-	if err != nil {
-		return fail(fmt.Sprintf("cannot be read: %v", err), "")
 	}
 	o.sum = sha256.Sum256(data)
 	if known != nil && known.sum == o.sum {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -29,6 +30,10 @@ const (
 	// dirGoneDelay is the same for the whole directory, which is exchanged by
 	// hand or by a deployment tool.
 	dirGoneDelay = time.Second
+
+	// endTime is how long Run waits at its end for a file system: it may be one
+	// that never answers.
+	endTime = 2 * time.Second
 
 	// maxSize of a manifest, in bytes, as upstream has it.
 	maxSize = 10 << 20
@@ -89,6 +94,7 @@ type Source struct {
 	files map[string]*file // by name in the directory
 	ledger
 	agenda
+	hung     hung
 	dirGone  time.Time // since when the directory is missing
 	dirState string    // last error about the directory, to log it once
 }
@@ -143,6 +149,7 @@ func New(cfg Config, sink Sink) *Source {
 	cfg.NodeName = strings.ToLower(cfg.NodeName) // a node's name is one of DNS
 	s := &Source{
 		cfg:      cfg,
+		hung:     hung{within: answerTime, asked: map[string]struct{}{}},
 		sink:     sink,
 		log:      cfg.Log.With("source", SourceName, "path", cfg.Dir),
 		decoder:  decoder{nodeName: cfg.NodeName, noObjects: cfg.NoObjects},
@@ -161,6 +168,23 @@ func New(cfg Config, sink Sink) *Source {
 // Run reads the directory, tells the sink, and follows it until ctx ends; then
 // it returns nil. The pods stay with the sink.
 func (s *Source) Run(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(endTime):
+		s.log.Error("manifests lie on a file system that does not answer, not waited for")
+		return nil
+	}
+}
+
+func (s *Source) run(ctx context.Context) error {
 	if err := s.held.load(); err != nil {
 		s.log.Error("which manifests were in force is not known, of several for one object the first by name counts", "error", err)
 	}
@@ -180,7 +204,7 @@ func (s *Source) Run(ctx context.Context) error {
 	synced := false
 	armed := ""
 	pass := func(now time.Time) {
-		if w != nil {
+		if w != nil && s.answers() {
 			state := ""
 			if err := w.arm(); err != nil {
 				state = err.Error()
@@ -306,7 +330,7 @@ func (s *Source) path(name string) string {
 // scan looks at everything, and says whether it could.
 func (s *Source) scan(now time.Time) bool {
 	s.scanDue = now.Add(s.cfg.Rescan)
-	names, err := s.list()
+	names, err := s.listInTime()
 	if err != nil {
 		state := err.Error()
 		if !errors.Is(err, os.ErrNotExist) {
@@ -357,9 +381,15 @@ func (s *Source) list() ([]string, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	all, err := dir.Readdirnames(-1)
-	if err != nil {
-		return nil, err
+	var names []string
+	for len(names) <= maxFiles { // files that are known and not listed are looked at all the same
+		some, err := dir.Readdirnames(1024)
+		names = append(names, slices.DeleteFunc(some, func(name string) bool { return !s.wanted(name) })...)
+		if errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return nil, err
+		}
 	}
-	return slices.DeleteFunc(all, func(name string) bool { return !s.wanted(name) }), nil
+	return names, nil
 }
