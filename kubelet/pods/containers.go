@@ -36,6 +36,7 @@ type launch struct {
 	attempt int32
 	image   string
 	target  string // container id whose processes an ephemeral one sees
+	op      *op    // for the worker's goroutine
 }
 
 // startContainer creates and starts the next instance of a container.
@@ -73,6 +74,7 @@ func (w *worker) startContainer(l *life, a Action) {
 			l.o.Stale = true
 		}, err
 	})
+	s.op = l.ops[a.key()]
 }
 
 // nextAttempt counts on from the instances and records; without either, from
@@ -227,6 +229,8 @@ func (s *launch) start(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, s.w.t.cfg.CallTimeout)
 	defer cancel()
 	s.w.t.own(id, s.w)
+	l, c := s.l, s.c
+	s.w.post(func() { l.starts[id] = s.op })
 	if _, err := s.w.t.deps.Runtime.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id}); err != nil {
 		return &startError{"RunContainerError", err}
 	}
@@ -238,12 +242,12 @@ func (s *launch) start(ctx context.Context, id string) error {
 	}
 	inst := s.w.instance(resp.Status, s.sandbox.ID)
 	hook := hasPostStart(s.c)
-	l, c := s.l, s.c
 	s.w.post(func() {
 		l.epoch++
 		l.applied[c.Name] = c
 		l.o.Actual[c.Name] = c.Resources
 		delete(l.o.Changed, c.Name)
+		delete(l.starts, id)
 		if have := l.container(id); have != nil && have.State == status.Exited {
 			return // its exit was seen before its start
 		}

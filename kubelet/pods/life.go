@@ -61,6 +61,8 @@ type tries struct {
 	fails    map[string]int     // in a row, by key
 	attempts map[string]int32   // the next one, by container
 	pulls    map[string]Backoff // by container
+	// starts are the ops that start an instance, by its id, until it has started.
+	starts map[string]*op
 }
 
 // recovered is what only a pod of the last run has.
@@ -99,7 +101,7 @@ func newLife(source string, pod *v1.Pod) *life {
 		made: made{applied: map[string]*v1.Container{}},
 		tries: tries{
 			failures: map[string]v1.ContainerStateWaiting{}, fails: map[string]int{},
-			attempts: map[string]int32{}, pulls: map[string]Backoff{},
+			attempts: map[string]int32{}, pulls: map[string]Backoff{}, starts: map[string]*op{},
 		},
 		recovered: recovered{restored: map[string]probes.State{}},
 	}
@@ -149,12 +151,21 @@ func (l *life) seen(c *status.Container) {
 	l.attempts[c.Name] = max(l.attempts[c.Name], next)
 }
 
+// unstarted makes an instance whose start was cancelled here what it is: never
+// started. Runtimes tell of a start that failed, but it was we who cut it off.
+func (l *life) unstarted(c *status.Container) {
+	if o := l.starts[c.ID]; o != nil && o.cancelled && c.State == status.Exited && c.StartedAt.IsZero() {
+		c.State, c.ExitCode, c.Reason, c.Message, c.FinishedAt = status.Created, 0, "", "", time.Time{}
+	}
+}
+
 func (l *life) dropContainer(id string) {
 	l.o.Containers = slices.DeleteFunc(l.o.Containers, func(c status.Container) bool { return c.ID == id })
 	delete(l.o.Kills, id)
 	delete(l.o.Verdicts, id)
 	delete(l.restored, id)
 	delete(l.probed, id)
+	delete(l.starts, id)
 }
 
 // sortContainers puts the newest instance of each container first. By name

@@ -82,6 +82,7 @@ func (w *worker) update(l *life, cs *runtimeapi.ContainerStatus) {
 		sandbox = s.ID
 	}
 	c := w.instance(cs, sandbox)
+	l.unstarted(&c)
 	if c.State == status.Exited {
 		w.unwatch(l, c.ID)
 		delete(l.o.Verdicts, c.ID)
@@ -201,6 +202,7 @@ func (w *worker) adopt(l *life, f *found) {
 	l.o.Containers = nil
 	for i := range f.containers {
 		c := f.containers[i]
+		l.unstarted(&c)
 		w.t.own(c.ID, w)
 		if j := slices.IndexFunc(before, func(b status.Container) bool { return b.ID == c.ID }); j >= 0 {
 			b := before[j]
