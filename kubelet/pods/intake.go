@@ -160,7 +160,6 @@ func (w *worker) forget(l *life) {
 	}
 	w.t.admitted.leaves(pod.UID)
 	w.t.release(pod.UID)
-	w.t.freed()
 	w.log.Info("pod is gone", "uid", pod.UID)
 }
 
@@ -271,7 +270,7 @@ func (w *worker) revive(l *life) {
 		return
 	}
 	l.undisrupt()
-	w.t.admitted.keeps(l.d.Pod)
+	w.t.admitted.keeps(l.counted())
 	l.d.Stop, l.stopped, l.o.Completed, l.failed = nil, false, false, nil
 	l.status.Phase, l.status.Reason, l.status.Message = v1.PodPending, "", ""
 	clear(l.o.Kills)

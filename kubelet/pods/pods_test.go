@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
+	"github.com/podd-runtime/podd/kubelet/admission"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 )
 
@@ -29,6 +30,7 @@ type node struct {
 	events  *fakeEvents
 	dir     string
 	unsafe  []string // sysctls
+	admit   func(pod *v1.Pod, others []*v1.Pod) admission.Verdict
 
 	table *Table
 	stop  func()
@@ -53,7 +55,7 @@ func (n *node) start() {
 		Node: spec.Node{Name: "n1", RootDir: n.dir, PodLogsDir: filepath.Join(n.dir, "log/pods"), HostIPs: []string{"192.0.2.1"},
 			Allocatable: v1.ResourceList{v1.ResourceCPU: resource.MustParse("4"), v1.ResourceMemory: resource.MustParse("8Gi")}},
 		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log, AllowedUnsafeSysctls: n.unsafe,
-	}, Deps{Runtime: n.rt, Images: n.rt, Volumes: n.vols, Objects: n.objects, Cgroups: n.groups, Events: n.events})
+	}, Deps{Runtime: n.rt, Images: n.rt, Volumes: n.vols, Objects: n.objects, Cgroups: n.groups, Events: n.events, Admit: n.verdict()})
 	done := make(chan error, 1)
 	table := n.table
 	go func() { done <- table.Run(ctx) }()
@@ -63,6 +65,14 @@ func (n *node) start() {
 			n.t.Errorf("Run: %v", err)
 		}
 	}
+}
+
+// verdict on pods by n.admit; nil: all are taken.
+func (n *node) verdict() func(context.Context, *v1.Pod, []*v1.Pod) admission.Verdict {
+	if n.admit == nil {
+		return nil
+	}
+	return func(_ context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict { return n.admit(pod, others) }
 }
 
 func mkpod(name, uid string, mods ...func(*v1.Pod)) *v1.Pod {

@@ -156,7 +156,7 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	}
 	w.lives = append(w.lives, l)
 	if !l.o.Completed {
-		t.admitted.keeps(l.d.Pod)
+		t.admitted.keeps(l.counted())
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/types"
 	resourcehelper "k8s.io/component-helpers/resource"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -99,9 +100,10 @@ func (w *worker) allocate(l *life) {
 	}
 	if l.o.Completed || sameResources(l.asked, l.d.Pod) {
 		l.d.Pod, l.asked, l.pending = l.asked, nil, nil
+		w.t.admitted.settled(l.d.Pod.UID)
 		return
 	}
-	reason, message := w.t.fits(l.asked)
+	reason, message := w.t.admitted.resize(w, l.asked, l.outgrown(l.asked), w.t.cfg.Node.Allocatable)
 	generation := l.asked.Generation
 	if reason != "" {
 		was := l.pending
@@ -155,23 +157,65 @@ func resizeMessage(prefix string, pod *v1.Pod, generation int64, problem string)
 	return prefix + ": " + string(data)
 }
 
+// counted is the pod as others must reckon with it: with the greater of what it
+// has been allocated and what its containers and its group still have.
+func (l *life) counted() *v1.Pod {
+	if l.o.Resize == StepAbsent {
+		return l.d.Pod
+	}
+	return l.outgrown(l.d.Pod)
+}
+
+// outgrown is pod with the greater requests of its own and those that the life
+// has by now.
+func (l *life) outgrown(pod *v1.Pod) *v1.Pod {
+	has := resourcesOf(l.d.Pod)
+	maps.Copy(has, l.o.Actual)
+	group := l.d.Pod
+	if l.podActual != nil {
+		group = l.podActual
+	}
+	out := pod.DeepCopy()
+	if out.Spec.Resources != nil && group.Spec.Resources != nil {
+		out.Spec.Resources.Requests = greater(out.Spec.Resources.Requests, group.Spec.Resources.Requests)
+	}
+	for c := range podutil.ContainerIter(&out.Spec, podutil.InitContainers|podutil.Containers) {
+		c.Resources.Requests = greater(c.Resources.Requests, has[c.Name].Requests)
+	}
+	return out
+}
+
+// greater of two requests, for the resources that can be resized.
+func greater(a, b v1.ResourceList) v1.ResourceList {
+	out := maps.Clone(a)
+	for name, q := range b {
+		if have := out[name]; resizable(name) && have.Cmp(q) < 0 {
+			if out == nil {
+				out = v1.ResourceList{}
+			}
+			out[name] = q
+		}
+	}
+	return out
+}
+
 // fits says why the node cannot give a pod what it asks for: never
-// (Infeasible), or not beside the pods it has now (Deferred).
-func (t *Table) fits(pod *v1.Pod) (reason, message string) {
+// (Infeasible), or not beside the pods that have a place now (Deferred).
+func fits(pod *v1.Pod, placed map[types.UID]*v1.Pod, allocatable v1.ResourceList) (reason, message string) {
 	want := resourcehelper.PodRequests(pod, resourcehelper.PodResourcesOptions{})
 	others := map[v1.ResourceName]int64{}
-	for _, p := range t.Pods() {
-		if p.UID == pod.UID || status.Over(p.Status.Phase) {
+	for uid, p := range placed {
+		if uid == pod.UID {
 			continue
 		}
-		requests := resourcehelper.PodRequests(p, resourcehelper.PodResourcesOptions{UseStatusResources: true})
+		requests := resourcehelper.PodRequests(p, resourcehelper.PodResourcesOptions{})
 		for _, name := range []v1.ResourceName{v1.ResourceCPU, v1.ResourceMemory} {
 			q := requests[name]
 			others[name] += q.MilliValue()
 		}
 	}
 	for _, name := range []v1.ResourceName{v1.ResourceCPU, v1.ResourceMemory} {
-		capacity, known := t.cfg.Node.Allocatable[name]
+		capacity, known := allocatable[name]
 		if !known {
 			continue
 		}
@@ -193,16 +237,12 @@ func (t *Table) fits(pod *v1.Pod) (reason, message string) {
 	return reason, message
 }
 
-// freed says that a pod has gone: others may wait for what it had.
-func (t *Table) freed() {
-	for _, w := range t.all() {
-		w.post(func() {
-			for _, l := range w.lives {
-				if l.pending != nil {
-					w.allocate(l)
-				}
-			}
-		})
+// reallocate tries a resize again that waits for what others leave.
+func (w *worker) reallocate(uid types.UID) {
+	for _, l := range w.lives {
+		if l.d.Pod.UID == uid && l.pending != nil {
+			w.allocate(l)
+		}
 	}
 }
 
@@ -230,6 +270,7 @@ func (w *worker) runResize(l *life) {
 			for name := range r.updated {
 				l.o.Actual[name] = r.actual[name]
 			}
+			defer w.recount(l)
 			if err != nil {
 				w.resizeFailed(l, err)
 				return
@@ -244,6 +285,13 @@ func (w *worker) runResize(l *life) {
 			}
 		}, err
 	})
+}
+
+// recount gives back what a resize has left.
+func (w *worker) recount(l *life) {
+	if !l.o.Completed && !l.leaving() {
+		w.t.admitted.keeps(l.counted())
+	}
 }
 
 func (w *worker) resizeFailed(l *life, err error) {

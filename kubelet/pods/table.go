@@ -95,7 +95,7 @@ func New(cfg Config, deps Deps) *Table {
 			told: map[types.UID][]*worker{}, blocked: map[types.UID][]*worker{},
 		},
 	}
-	t.admitted.pods = map[types.UID]*v1.Pod{}
+	t.admitted.pods, t.admitted.deferred = map[types.UID]*v1.Pod{}, map[types.UID]*worker{}
 	t.sweeper = &worker{t: t, key: types.NamespacedName{Name: "sweep"}, log: cfg.Log, wake: make(chan struct{}, 1)}
 	var probed func(probes.Target, probes.Kind, string, time.Duration)
 	if cfg.Observer != nil {
