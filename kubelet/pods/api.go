@@ -172,7 +172,8 @@ func (t *Table) Stop(ctx context.Context, namespace, name string, grace *int64) 
 
 // StopAll ends all pods, critical ones after all others, as at a shutdown of
 // the machine, and waits until they are down or ctx ends. They stay down until
-// the daemon starts the next time.
+// the daemon starts the next time, those of an apiserver for good: it is told
+// that they are over.
 func (t *Table) StopAll(ctx context.Context, grace *int64) error {
 	var others, critical []*worker
 	for _, w := range t.all() {
@@ -255,7 +256,8 @@ func (w *worker) await(ctx context.Context, f func(*life)) error {
 
 // Restart replaces a container's instance at once and without back-off, or
 // those of all containers when container is "", and starts a pod that was
-// stopped or has completed.
+// stopped or has completed, but no pod of an apiserver that is over
+// (errdefs.ErrFailedPrecondition).
 func (t *Table) Restart(ctx context.Context, namespace, name, container string) error {
 	w := t.worker(namespace, name)
 	if w == nil {
@@ -280,6 +282,9 @@ func (w *worker) restart(container string) error {
 		return w.departing()
 	}
 	l := w.lives[0]
+	if l.final() {
+		return fmt.Errorf("pod %s is %s, which its apiserver lets nobody take back: have another one made in its place: %w", w.key, l.status.Phase, errdefs.ErrFailedPrecondition)
+	}
 	var names []string
 	for i := range l.d.Pod.Spec.Containers {
 		if n := l.d.Pod.Spec.Containers[i].Name; container == "" || n == container {

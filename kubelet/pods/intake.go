@@ -60,6 +60,23 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.refreshVolumes(l) // of the downward API
 	}
 	w.allocate(l)
+	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() {
+		w.finish(l, &pod.Status)
+	}
+}
+
+// final says that nothing of the pod is started any more: an apiserver's pods
+// never leave a terminal phase, whoever said it first, since others have taken
+// their place by then.
+func (l *life) final() bool { return fromAPI(l.d.Pod) && status.Over(l.status.Phase) }
+
+// finish a pod that its apiserver says is over.
+func (w *worker) finish(l *life, st *v1.PodStatus) {
+	w.log.Info("pod is over by its apiserver's word", "uid", l.d.Pod.UID, "phase", st.Phase, "reason", st.Reason)
+	l.status.Phase, l.status.Reason, l.status.Message = st.Phase, st.Reason, st.Message
+	l.o.Completed = true
+	w.t.admitted.leaves(l.d.Pod.UID)
+	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: st.Reason, Message: st.Message, Failed: true})
 }
 
 // fill in what only the source's spec tells of containers without a record:
@@ -264,9 +281,9 @@ func (w *worker) fail(l *life, reason, message string, grace time.Duration) {
 	w.stop(l, Stop{Grace: grace, Reason: reason, Message: message, Failed: true})
 }
 
-// revive a pod that was down.
+// revive a pod that was down, unless it is over for good or has to wait.
 func (w *worker) revive(l *life) {
-	if l.leaving() || w.t.held.Load() {
+	if l.leaving() || l.final() || w.t.held.Load() {
 		return
 	}
 	l.undisrupt()

@@ -28,7 +28,12 @@ func (w *worker) publish(l *life) {
 	if have != nil && have.UID == l.d.Pod.UID && l.spec == l.told() && l.ended == l.end() && reflect.DeepEqual(st, l.status) {
 		return
 	}
-	l.status, l.spec, l.ended = st, l.told(), l.end()
+	if l.status = st; l.final() && !l.o.Completed {
+		l.o.Completed = true
+		w.t.admitted.leaves(l.d.Pod.UID)
+		w.post(func() {}) // it is wound down
+	}
+	l.spec, l.ended = l.told(), l.end()
 	w.show(l, have)
 	w.t.records.save(l.d.Pod.UID, l.record(w.t.cfg.Build))
 }

@@ -136,6 +136,7 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	l.d.Stop = r.Stop
 	l.o.Started, l.o.Completed, l.stopped = r.Started, r.Completed, r.Stopped
 	l.status = r.Status
+	l.o.Completed = l.o.Completed || l.final()
 	if l.d.Stop != nil && !l.d.Stop.Forget && !l.stopped && !l.o.Completed {
 		w.revive(l) // StopAll lasts until the daemon starts again
 	}

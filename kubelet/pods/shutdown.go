@@ -59,8 +59,8 @@ func (t *Table) Hold(on bool) {
 
 // Terminate ends a pod that is in the way of the node's own plans and waits
 // until it is down or ctx ends. Its status is Failed for the cause, with the
-// condition DisruptionTarget (KEP-3329). It stays down until the daemon starts
-// the next time, or Hold ends.
+// condition DisruptionTarget (KEP-3329). A static pod stays down until the daemon
+// starts the next time, or Hold ends; an apiserver's for good.
 func (t *Table) Terminate(ctx context.Context, namespace, name string, grace time.Duration, cause status.Cause) error {
 	w := t.worker(namespace, name)
 	if w == nil {
