@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -78,6 +79,7 @@ type agent struct {
 	cfg     Config
 	log     *slog.Logger
 	shim    *shim.Client
+	shimPID atomic.Int64 // of the one that answered last; 0: none has
 	images  *images.Store
 	network *netns.Network
 	cri     *cri.Service
@@ -137,7 +139,7 @@ func Run(ctx context.Context, cfg Config) error {
 		NodeName: cfg.NodeName, Version: cfg.Version,
 		Pods: podAPI{a.table}, Events: a.events, Objects: a.source,
 		Containers: a.cri, Images: a.images, Problems: a.source.Problems,
-		Shim: a.shim.Info, Shutdown: cancel, Explain: a.explain, Disk: a.imageDisk, Log: a.log,
+		Shim: a.shimInfo, Cluster: a.clusterState, Troubles: a.troubles, Shutdown: cancel, Explain: a.explain, Disk: a.imageDisk, Log: a.log,
 	})
 
 	group, ctx := errgroup.WithContext(ctx)

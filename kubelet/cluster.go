@@ -43,6 +43,8 @@ type Cluster struct {
 type cluster struct {
 	log        *slog.Logger
 	connection *certs.Connection
+	contact    apiserver.Contact
+	server     string // its address
 	client     *apiserver.Client
 	pods       *apiserver.Pods
 	objects    *apiserver.Objects
@@ -77,7 +79,9 @@ func (a *agent) openCluster(cfg *Cluster) (*cluster, error) {
 	if c.connection, err = certs.Connect(cfg.Certs); err != nil {
 		return nil, err
 	}
+	c.connection.Listen(c.contact.Wrap)
 	rest := c.connection.REST()
+	c.server = rest.Host
 	rest.QPS, rest.Burst, rest.UserAgent = cfg.QPS, cfg.Burst, "podd/"+a.cfg.Version
 	if c.client, err = apiserver.NewClient(rest); err != nil {
 		return nil, err

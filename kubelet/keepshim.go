@@ -25,6 +25,7 @@ func (a *agent) keepShim(ctx context.Context) error {
 	for ctx.Err() == nil {
 		info, err := a.askShim(ctx)
 		if err == nil {
+			a.shimPID.Store(int64(info.PID))
 			if err = untilExit(ctx, info.PID); err == nil && ctx.Err() == nil {
 				a.log.Warn("podd-shim died, starting it again", "pid", info.PID)
 			}

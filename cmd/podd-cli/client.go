@@ -40,7 +40,8 @@ type client struct {
 	runDir    string
 	namespace string
 	timeout   string
-	streams   bool // the command upgrades connections, see bridge
+	streams   bool      // the command upgrades connections, see bridge
+	say       io.Writer // what is being waited for; nil: nobody is told
 
 	discovery sync.Once
 	cached    discovery.CachedDiscoveryInterface
@@ -68,11 +69,11 @@ func (c *client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 
 // reach says in plain words when no daemon answers.
 func (c *client) reach(ctx context.Context) error {
-	conn, err := api.Dial(ctx, c.socket())
-	if err == nil {
-		return conn.Close()
-	}
+	err := c.ping(ctx, c.say)
+	var e *silent
 	switch {
+	case err == nil, errors.As(err, &e):
+		return err
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("may not open %s: run this as the user the daemon runs as (root)", c.socket())
 	case errors.Is(err, os.ErrNotExist):
@@ -106,7 +107,7 @@ func (c *client) ToRESTConfig() (*rest.Config, error) {
 		},
 	}
 	if c.streams {
-		c.bridge.Do(func() { c.bridged, c.bridgeErr = newBridge(c.dial) })
+		c.bridge.Do(func() { c.bridged, c.bridgeErr = newBridge(c) })
 		if c.bridgeErr != nil {
 			return nil, c.bridgeErr
 		}
@@ -119,6 +120,7 @@ func (c *client) ToRESTConfig() (*rest.Config, error) {
 		}
 		cfg.Timeout = d
 	}
+	cfg.Wrap(func(rt http.RoundTripper) http.RoundTripper { return &asking{rt, c} })
 	cfg.Wrap(func(rt http.RoundTripper) http.RoundTripper { return &tables{next: rt} })
 	return cfg, nil
 }
@@ -186,8 +188,12 @@ func (c *client) open(ctx context.Context, method, path string, query url.Values
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	t := &http.Transport{DialContext: c.dial, DisableKeepAlives: true}
+	t := &asking{&http.Transport{DialContext: c.dial, DisableKeepAlives: true}, c}
 	resp, err := t.RoundTrip(req)
+	var e *silent
+	if errors.As(err, &e) {
+		return nil, e
+	}
 	if err != nil {
 		return nil, fmt.Errorf("ask the daemon at %s: %w", c.socket(), err)
 	}
@@ -209,23 +215,26 @@ func (c *client) open(ctx context.Context, method, path string, query url.Values
 // random token, and goes with the process.
 type bridge struct {
 	token string
-	dial  func(ctx context.Context, network, addr string) (net.Conn, error)
 	l     net.Listener
 }
 
-func newBridge(dial func(ctx context.Context, network, addr string) (net.Conn, error)) (*bridge, error) {
+func newBridge(c *client) (*bridge, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("listen for streams: %w", err)
 	}
-	b := &bridge{token: rand.Text(), dial: dial, l: l}
+	b := &bridge{token: rand.Text(), l: l}
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "podd"
 			r.Out.Header.Del("Authorization")
 		},
-		Transport:     &http.Transport{DialContext: dial, DisableKeepAlives: true, DisableCompression: true},
+		Transport:     &asking{&http.Transport{DialContext: c.dial, DisableKeepAlives: true, DisableCompression: true}, c},
 		FlushInterval: -1,
+		// kubectl shows it as the reason why it could not upgrade.
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+		},
 	}
 	want := []byte("Bearer " + b.token)
 	srv := &http.Server{

@@ -58,7 +58,7 @@ func newRoot(streams genericiooptions.IOStreams) *cobra.Command {
 	os.Setenv("KUBECTL_REMOTE_COMMAND_WEBSOCKETS", "false")
 	os.Setenv("KUBECTL_PORT_FORWARD_WEBSOCKETS", "false")
 
-	c := &client{}
+	c := &client{say: streams.ErrOut}
 	root := &cobra.Command{
 		Use:   "podd",
 		Short: "podd runs pods on this machine",

@@ -41,7 +41,8 @@ func (c *client) podPath(name, verb string) (string, error) {
 	return "/namespaces/" + url.PathEscape(namespace) + "/pods/" + url.PathEscape(name) + "/" + verb, nil
 }
 
-// eachPod asks for verb on every pod named, all at once, and says how it went.
+// eachPod asks for verb on every pod named, all at once, and says how it went,
+// and for what it waits when that takes long.
 func (c *client) eachPod(ctx context.Context, names []string, verb, did string, query url.Values, out io.Writer) error {
 	errs := make([]error, len(names))
 	var wg sync.WaitGroup
@@ -50,7 +51,7 @@ func (c *client) eachPod(ctx context.Context, names []string, verb, did string, 
 		wg.Go(func() {
 			path, err := c.podPath(name, verb)
 			if err == nil {
-				err = c.do(ctx, "POST", path, query, nil, nil)
+				err = slowly(func() error { return c.do(ctx, "POST", path, query, nil, nil) }, func() { c.sayWhy(ctx, name) })
 			}
 			errs[i] = err
 			if err == nil {
@@ -62,6 +63,43 @@ func (c *client) eachPod(ctx context.Context, names []string, verb, did string, 
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// maxSaid bounds the pods that are named while all are waited for.
+const maxSaid = 10
+
+// sayWhy says what keeps pods from being down; "": all pods.
+func (c *client) sayWhy(ctx context.Context, name string) {
+	query := url.Values{}
+	if name != "" {
+		namespace, _, err := c.ToRawKubeConfigLoader().Namespace()
+		if err != nil {
+			return
+		}
+		query.Set("namespace", namespace)
+		query.Set("name", strings.TrimPrefix(strings.TrimPrefix(name, "pods/"), "pod/"))
+	}
+	var got api.Diagnoses
+	if c.say == nil || c.do(ctx, "GET", "/why", query, nil, &got) != nil {
+		return // whoever waits is told of the end
+	}
+	said := 0
+	for i := range got.Items {
+		for _, f := range got.Items[i].Findings {
+			if f.Reason != "Stopping" && f.Reason != "Terminating" && f.Reason != "Replacing" {
+				continue
+			}
+			if said++; said <= maxSaid {
+				fmt.Fprintf(c.say, "pod/%s: %s\n", got.Items[i].Name, f.Message)
+			}
+		}
+	}
+	if said > maxSaid {
+		fmt.Fprintf(c.say, "and %d more pods\n", said-maxSaid)
+	}
+	for _, f := range got.Node {
+		fmt.Fprintln(c.say, f.Message)
+	}
 }
 
 func newStop(c *client, f cmdutil.Factory, streams genericiooptions.IOStreams) *cobra.Command {
@@ -83,7 +121,8 @@ stopped until "podd start", or until its manifest changes.`,
 				return errors.New("name the pods to stop, or say --all")
 			}
 			if err := c.reach(cmd.Context()); err != nil {
-				if all {
+				var e *silent
+				if all && !errors.As(err, &e) { // nobody is there
 					return c.drain(cmd.Context(), streams, grace, err)
 				}
 				return err
@@ -93,7 +132,8 @@ stopped until "podd start", or until its manifest changes.`,
 				query.Set("gracePeriodSeconds", strconv.FormatInt(grace, 10))
 			}
 			if all {
-				if err := c.do(cmd.Context(), "POST", "/stop", query, nil, nil); err != nil {
+				err := slowly(func() error { return c.do(cmd.Context(), "POST", "/stop", query, nil, nil) }, func() { c.sayWhy(cmd.Context(), "") })
+				if err != nil {
 					return err
 				}
 				fmt.Fprintln(streams.Out, "all pods stopped")
@@ -527,7 +567,7 @@ func newStatus(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 				api.Status  `json:",inline"`
 				Problematic []api.Problem `json:"manifestProblems"`
 			}{st, probs.Items}); printed {
-				return err
+				return errors.Join(err, shimAway(&st))
 			}
 			w := printers.GetNewTabWriter(streams.Out)
 			fmt.Fprintf(w, "Node:\t%s\n", st.NodeName)
@@ -535,17 +575,10 @@ func newStatus(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 			if st.Shim != nil {
 				fmt.Fprintf(w, "Shim:\t%s, pid %d\n", shortBuild(st.Shim.Version), st.Shim.PID)
 			} else {
-				fmt.Fprintf(w, "Shim:\tdoes not answer\n")
+				fmt.Fprintf(w, "Shim:\tdoes not answer: %s\n", st.ShimProblem)
 			}
-			var phases []string
-			for phase, n := range st.Pods {
-				phases = append(phases, fmt.Sprintf("%d %s", n, phase))
-			}
-			sort.Strings(phases)
-			if len(phases) == 0 {
-				phases = []string{"none"}
-			}
-			fmt.Fprintf(w, "Pods:\t%s\n", strings.Join(phases, ", "))
+			printCluster(w, st.Cluster)
+			fmt.Fprintf(w, "Pods:\t%s\n", podCounts(&st))
 			printDisk(w, st.Disk)
 			for _, p := range st.Pulls {
 				fmt.Fprintf(w, "Pull:\t%s %s, %s of %s\n", p.Ref, p.Stage, humanSize(p.Bytes), humanSize(p.Total))
@@ -556,11 +589,58 @@ func newStatus(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 			for _, p := range probs.Items {
 				fmt.Fprintln(streams.Out, problemLine(p))
 			}
-			return nil
+			return shimAway(&st)
 		},
 	}
 	cmd.Flags().StringVarP(&format, "output", "o", "", "json or yaml")
 	return cmd
+}
+
+// shimAway is the error of a node whose podd-shim does not answer: scripts that
+// ask for the status shall not take it for well.
+func shimAway(st *api.Status) error {
+	if st.ShimProblem == "" {
+		return nil
+	}
+	return errors.New("podd-shim does not answer: nothing can be started, stopped or entered until it does")
+}
+
+// podCounts by phase, with what is wrong among them.
+func podCounts(st *api.Status) string {
+	var phases []string
+	for phase, n := range st.Pods {
+		text := fmt.Sprintf("%d %s", n, phase)
+		var wrong []string
+		for why, n := range st.Troubled[phase] {
+			wrong = append(wrong, fmt.Sprintf("%d %s", n, why))
+		}
+		if sort.Strings(wrong); len(wrong) > 0 {
+			text += " (" + strings.Join(wrong, ", ") + ")"
+		}
+		phases = append(phases, text)
+	}
+	if sort.Strings(phases); len(phases) == 0 {
+		return "none"
+	}
+	return strings.Join(phases, ", ")
+}
+
+// printCluster in one line.
+func printCluster(w io.Writer, c *api.Cluster) {
+	if c == nil {
+		return
+	}
+	how := map[string]string{"Connected": "connected", "Connecting": "not heard of yet", "Refused": "refuses this node", "Untrusted": "not trusted", "Away": "cannot be reached"}[c.State]
+	if how == "" { // of a later daemon
+		how = c.State
+	}
+	if c.Since != nil {
+		how += " since " + c.Since.Local().Format("2006-01-02 15:04:05")
+	}
+	if c.Message != "" {
+		how += ": " + c.Message
+	}
+	fmt.Fprintf(w, "Cluster:\t%s, %s\n", c.Server, how)
 }
 
 // printDisk that holds the images, and what fills it when it is too full.

@@ -63,13 +63,13 @@ force; of all namespaces unless -n names one.`,
 					errs = append(errs, err)
 					continue
 				}
-				all.Items, all.Problems = append(all.Items, got.Items...), append(all.Problems, got.Problems...)
+				all.Items, all.Problems, all.Node = append(all.Items, got.Items...), append(all.Problems, got.Problems...), got.Node
 			}
 			if printed, err := output(streams.Out, format, &all); printed {
 				return errors.Join(append(errs, err)...)
 			}
 			printWhy(streams.Out, &all)
-			if len(errs) == 0 && len(all.Items)+len(all.Problems) == 0 {
+			if len(errs) == 0 && len(all.Items)+len(all.Problems)+len(all.Node) == 0 {
 				fmt.Fprintln(streams.Out, "Everything is fine.")
 			}
 			return errors.Join(errs...)
@@ -87,6 +87,9 @@ func printWhy(out io.Writer, all *api.Diagnoses) {
 		}
 		first = false
 		fmt.Fprintf(out, "%s\n%s", title, d.Text("  "))
+	}
+	if len(all.Node) > 0 {
+		print(&api.Diagnosis{Findings: all.Node}, "node")
 	}
 	for i := range all.Items {
 		d := &all.Items[i]

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/transport"
 	"k8s.io/client-go/util/connrotation"
 
 	"github.com/podd-runtime/podd/kubelet/apiserver"
@@ -145,6 +146,15 @@ func (p *Pair) transport(given *rest.Config) (*rest.Config, error) {
 
 // REST is for clients of the node's own.
 func (c *Connection) REST() *rest.Config { return rest.CopyConfig(c.rest) }
+
+// Listen has listen wrapped around the transports of all clients that are made
+// from now on, the one that joins included.
+func (c *Connection) Listen(listen transport.WrapperFunc) {
+	c.rest.Wrap(listen)
+	if c.bootstrap != nil {
+		c.bootstrap.Wrap(listen)
+	}
+}
 
 // Join returns when the node has credentials: at once, or when its first
 // certificate was signed. It tries until ctx ends.

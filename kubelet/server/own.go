@@ -17,10 +17,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/server/api"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 func (s *Server) ownRoutes(m *http.ServeMux) {
@@ -117,28 +119,46 @@ func done(w http.ResponseWriter) error {
 	return nil
 }
 
-func (s *Server) versions(ctx context.Context) api.Versions {
-	out := api.Versions{Daemon: api.Version{Version: s.cfg.Version, Go: runtime.Version(), PID: os.Getpid()}}
-	if s.cfg.Shim != nil {
-		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-		defer cancel()
-		if info, err := s.cfg.Shim(ctx); err == nil {
-			out.Shim = &api.Version{Version: info.BuildID, PID: info.PID}
-		}
+// versions also says why podd-shim does not answer; "": it does.
+func (s *Server) versions(ctx context.Context) (out api.Versions, shimProblem string) {
+	out.Daemon = api.Version{Version: s.cfg.Version, Go: runtime.Version(), PID: os.Getpid()}
+	if s.cfg.Shim == nil {
+		return out, ""
 	}
-	return out
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	info, err := s.cfg.Shim(ctx)
+	if err != nil {
+		return out, StatusOf(err).Message
+	}
+	out.Shim = &api.Version{Version: info.BuildID, PID: info.PID}
+	return out, ""
 }
 
 func (s *Server) version(w http.ResponseWriter, r *http.Request) error {
-	v := s.versions(r.Context())
+	v, _ := s.versions(r.Context())
 	writeJSON(w, http.StatusOK, &v)
 	return nil
 }
 
 func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
-	out := api.Status{Versions: s.versions(r.Context()), NodeName: s.cfg.NodeName, StartedAt: s.started, Pods: map[string]int{}, Goroutines: runtime.NumGoroutine()}
+	out := api.Status{NodeName: s.cfg.NodeName, StartedAt: s.started, Pods: map[string]int{}, Goroutines: runtime.NumGoroutine()}
+	out.Versions, out.ShimProblem = s.versions(r.Context())
+	if s.cfg.Cluster != nil {
+		out.Cluster = s.cfg.Cluster()
+	}
 	for _, p := range s.cfg.Pods.List() {
-		out.Pods[string(p.Status.Phase)]++
+		phase := string(p.Status.Phase)
+		out.Pods[phase]++
+		if t := trouble(p); t != "" {
+			if out.Troubled == nil {
+				out.Troubled = map[string]map[string]int{}
+			}
+			if out.Troubled[phase] == nil {
+				out.Troubled[phase] = map[string]int{}
+			}
+			out.Troubled[phase][t]++
+		}
 	}
 	for _, p := range s.cfg.Images.Pulling() {
 		out.Pulls = append(out.Pulls, progress(p))
@@ -151,6 +171,28 @@ func (s *Server) status(w http.ResponseWriter, r *http.Request) error {
 	}
 	writeJSON(w, http.StatusOK, &out)
 	return nil
+}
+
+// trouble is one word for what keeps a pod from being what its phase promises;
+// "": nothing does.
+func trouble(p *v1.Pod) string {
+	switch {
+	case p.DeletionTimestamp != nil:
+		return "Terminating"
+	case p.Status.Reason != "":
+		return p.Status.Reason
+	}
+	for _, list := range [][]v1.ContainerStatus{p.Status.InitContainerStatuses, p.Status.ContainerStatuses} {
+		for i := range list {
+			if w := list[i].State.Waiting; w != nil && w.Reason != "" && w.Reason != status.ContainerCreating && w.Reason != status.PodInitializing {
+				return w.Reason
+			}
+		}
+	}
+	if _, ready := podutil.GetPodCondition(&p.Status, v1.PodReady); p.Status.Phase == v1.PodRunning && (ready == nil || ready.Status != v1.ConditionTrue) {
+		return "NotReady"
+	}
+	return ""
 }
 
 func image(i *images.Image) api.Image {

@@ -101,8 +101,12 @@ type Config struct {
 	Disk func(ctx context.Context) *api.Disk
 	// Explain a pod; nil: not supported.
 	Explain Explainer
-	// Shim asks podd-shim about itself; nil: unknown.
+	// Shim asks podd-shim about itself; nil: unknown. The error is for people.
 	Shim func(ctx context.Context) (*shim.Info, error)
+	// Cluster is the node's connection with one; nil, or nil from it: none.
+	Cluster func() *api.Cluster
+	// Troubles of the node itself; nil: not told.
+	Troubles func(ctx context.Context) []api.Finding
 	// Node is the node object; nil: one with name and addresses only.
 	Node func() *v1.Node
 	// Shutdown ends the daemon and leaves the pods alone.

@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/podd-runtime/podd/kubelet/server/api"
+	"github.com/podd-runtime/podd/kubelet/why"
 )
 
 // Explainer says why a pod is as it is. It is bounded in time by itself.
@@ -24,6 +26,9 @@ func (s *Server) why(w http.ResponseWriter, r *http.Request) error {
 	q := r.URL.Query()
 	namespace, name := q.Get("namespace"), q.Get("name")
 	out := api.Diagnoses{Items: []api.Diagnosis{}}
+	if s.cfg.Troubles != nil {
+		out.Node = s.cfg.Troubles(r.Context())
+	}
 	if name != "" {
 		p, ok := s.cfg.Pods.Get(namespace, name)
 		if !ok { // people know their pods by the name in the manifest
@@ -53,9 +58,34 @@ func (s *Server) why(w http.ResponseWriter, r *http.Request) error {
 			out.Items = append(out.Items, d)
 		}
 	}
+	out.Items = append(out.Items, s.departed(namespace)...)
 	out.Problems = s.manifestProblems("")
 	writeJSON(w, http.StatusOK, &out)
 	return nil
+}
+
+// recent is how long what happened to a pod that is gone is worth telling.
+const recent = 10 * time.Minute
+
+// departed are pods that are gone, of which something is worth knowing: a
+// preStop hook that failed, which is there to save something.
+func (s *Server) departed(namespace string) (out []api.Diagnosis) {
+	if s.cfg.Events == nil {
+		return nil
+	}
+	all := s.cfg.Events.List(namespace)
+	for i := range all {
+		e, o := &all[i], &all[i].InvolvedObject
+		if e.Reason != "FailedPreStopHook" || time.Since(e.LastTimestamp.Time) > recent {
+			continue
+		}
+		if p, ok := s.cfg.Pods.Get(o.Namespace, o.Name); ok && p.UID == o.UID {
+			continue // its own diagnosis tells
+		}
+		f := why.PreStopFailed(e, time.Now())
+		out = append(out, api.Diagnosis{Namespace: o.Namespace, Name: o.Name, UID: string(o.UID), Phase: "gone", Fine: true, Summary: "The pod is gone.", Findings: []api.Finding{f}})
+	}
+	return out
 }
 
 // manifestProblems are diagnoses of manifests that are not in force. With a

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
@@ -78,6 +79,36 @@ func signal(n int32) string {
 		return name
 	}
 	return fmt.Sprintf("signal %d", n)
+}
+
+// PreStopFailed is the event of a preStop hook that failed, in words. The
+// container ended all the same; what the hook was to save may be lost.
+func PreStopFailed(e *v1.Event, now time.Time) api.Finding {
+	x := explainer{Evidence: &Evidence{Now: now}}
+	c := containerOf(e)
+	f := api.Finding{Level: api.Notice, Reason: "PreStopHook", Subject: "container " + c, Container: c, Since: when(e.LastTimestamp)}
+	how := ""
+	if _, text, ok := strings.Cut(message(e), "failed: "); ok {
+		how = ": " + plain(text)
+	}
+	f.Message = sentence(fmt.Sprintf("The preStop hook of container %s failed %s%s", c, x.ago(e.LastTimestamp.Time), how)) + " The container was ended all the same."
+	f.Remedy = "podd's log has what the hook said; run its command by hand in a container that runs"
+	return f
+}
+
+// containerOf an event: the name in "spec.containers{name}".
+func containerOf(e *v1.Event) string {
+	_, name, _ := strings.Cut(e.InvolvedObject.FieldPath, "{")
+	return strings.TrimSuffix(name, "}")
+}
+
+// preStop hooks of containers before that failed a short time ago.
+func (x *explainer) preStop() {
+	for i := range x.Events {
+		if e := &x.Events[i]; e.Reason == "FailedPreStopHook" && x.Now.Sub(e.LastTimestamp.Time) <= recent {
+			x.add(PreStopFailed(e, x.Now))
+		}
+	}
 }
 
 // codes that mean something by convention.

@@ -142,6 +142,7 @@ func (x *explainer) pod() {
 		x.terminating()
 		return
 	case x.ended():
+		x.preStop()
 		return
 	}
 	if x.Waits.Held && p.Status.Phase == "" {
@@ -165,6 +166,7 @@ func (x *explainer) pod() {
 		x.container(&c, false, blocked)
 	}
 	x.gates()
+	x.preStop()
 	x.takenOver()
 	if trouble(x.found) {
 		x.disks()

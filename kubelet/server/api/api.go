@@ -29,15 +29,30 @@ type Status struct {
 	Versions
 	NodeName  string    `json:"nodeName"`
 	StartedAt time.Time `json:"startedAt"`
-	// Pods by phase.
-	Pods  map[string]int `json:"pods"`
-	Pulls []Progress     `json:"pulls,omitempty"`
+	// ShimProblem is why podd-shim does not answer, in words.
+	ShimProblem string `json:"shimProblem,omitempty"`
+	// Cluster that the node is in; absent: none.
+	Cluster *Cluster `json:"cluster,omitempty"`
+	// Pods by phase, and those of each that are not as they should be, by why.
+	Pods     map[string]int            `json:"pods"`
+	Troubled map[string]map[string]int `json:"troubledPods,omitempty"`
+	Pulls    []Progress                `json:"pulls,omitempty"`
 	// Problems counts the manifests that are not in force.
 	Problems int `json:"problems"`
 	// Disk that holds the images; absent: it could not be measured.
 	Disk *Disk `json:"disk,omitempty"`
 	// Goroutines of the daemon, for those who look for leaks.
 	Goroutines int `json:"goroutines"`
+}
+
+// Cluster is the node's connection with its apiserver.
+type Cluster struct {
+	Server string `json:"server"`
+	// State is Connected, or Connecting, Refused, Untrusted or Away.
+	State string     `json:"state"`
+	Since *time.Time `json:"since,omitempty"`
+	// Message says why it is not connected.
+	Message string `json:"message,omitempty"`
 }
 
 // Disk is the file system that holds the images.

@@ -53,6 +53,8 @@ type Diagnosis struct {
 // Diagnoses answers GET /podd/v1/why.
 type Diagnoses struct {
 	Items []Diagnosis `json:"items"`
+	// Node are troubles of the node itself.
+	Node []Finding `json:"node,omitempty"`
 	// Problems of manifests that gave no pod.
 	Problems []Diagnosis `json:"problems,omitempty"`
 }
