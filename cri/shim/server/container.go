@@ -355,10 +355,9 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	}
 	undo.add("container", func() error {
 		if c.pidfd >= 0 {
-			_ = unix.PidfdSendSignal(c.pidfd, unix.SIGKILL, nil, 0)
+			c.killInit()
 			<-c.exited
-			c.w.remove()
-			unix.Close(c.pidfd)
+			c.closeStreams()
 		}
 		return lc.Destroy()
 	})
@@ -643,10 +642,7 @@ func (s *Server) signal(ctx context.Context, id string, sig unix.Signal, all boo
 	c, err := s.container(id)
 	if err != nil {
 		if b, e := s.sandbox(id); e == nil {
-			if err := unix.PidfdSendSignal(b.pidfd, sig, nil, 0); err != unix.ESRCH {
-				return err
-			}
-			return nil
+			return b.signal(sig)
 		}
 		return err
 	}

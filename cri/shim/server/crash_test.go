@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -211,14 +212,13 @@ func TestEndWhileNobodyIsThere(t *testing.T) {
 	}
 }
 
-func TestUpgradeInPlace(t *testing.T) {
-	n := newNode(t)
-	binary, _ := shimBinary()
+// anotherBuild is the same program with another build id.
+func anotherBuild(t *testing.T, n *node, binary string) string {
+	t.Helper()
 	data, err := os.ReadFile(binary)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// The same program with another build id is another build.
 	id, err := shim.BuildID(binary)
 	if err != nil {
 		t.Fatal(err)
@@ -231,6 +231,13 @@ func TestUpgradeInPlace(t *testing.T) {
 	if err := os.WriteFile(newer, bytes.ReplaceAll(data, []byte(id), []byte(changed)), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	return newer
+}
+
+func TestUpgradeInPlace(t *testing.T) {
+	n := newNode(t)
+	binary, _ := shimBinary()
+	newer := anotherBuild(t, n, binary)
 	before, err := n.Info(n.ctx())
 	if err != nil {
 		t.Fatal(err)
@@ -291,6 +298,49 @@ func TestUpgradeInPlace(t *testing.T) {
 	}
 	if out, _ := n.execOut(sleeper.ID, "/bin/echo", "alive"); out != "alive\n" {
 		t.Fatalf("exec: %q", out)
+	}
+}
+
+// TestExecsKeepTheirExitCodes: one that ends while the shim is being replaced is
+// told as it ended. (Before Linux 6.15 the exit code is with whoever waits first.)
+func TestExecsKeepTheirExitCodes(t *testing.T) {
+	n := newNode(t)
+	binary, _ := shimBinary()
+	newer := anotherBuild(t, n, binary)
+	spec := n.containerSpec(n.sandbox(), "sleep 1000")
+	n.run(spec)
+	const execs = 24
+	for round := range 4 {
+		exits := make(chan string, execs)
+		var begun sync.WaitGroup
+		for i := range execs {
+			begun.Add(1)
+			go func() {
+				e, err := n.Exec(n.ctx(), &shim.ExecSpec{ContainerID: spec.ID, Process: &specs.Process{
+					Args: []string{"/bin/sh", "-c", fmt.Sprintf("sleep 0.%02d; exit 7", 5*i%60)}, Cwd: "/", Env: []string{"PATH=/bin"}}})
+				begun.Done()
+				if err != nil {
+					exits <- err.Error()
+					return
+				}
+				defer e.Close()
+				exit, err := e.Wait(n.ctx())
+				exits <- fmt.Sprint(exit != nil && exit.Known && exit.Code == 7, err)
+			}()
+		}
+		begun.Wait()
+		target := newer
+		if round%2 == 1 {
+			target = binary
+		}
+		if err := n.Upgrade(n.ctx(), target); err != nil {
+			t.Fatal(err)
+		}
+		for range execs {
+			if got := <-exits; got != "true <nil>" {
+				t.Errorf("an exec that ended with 7: %s", got)
+			}
+		}
 	}
 }
 

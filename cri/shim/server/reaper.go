@@ -58,6 +58,21 @@ func (r *reaper) begin() (end func()) {
 	}
 }
 
+// expect keeps the processes from being taken for orphans until release: they
+// are known, and watched by nobody yet.
+func (r *reaper) expect(pids []int) (release func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, pid := range pids {
+		r.known[pid]++
+	}
+	return func() {
+		for _, pid := range pids {
+			r.forget(pid)
+		}
+	}
+}
+
 // run reaps orphans whenever a child ends.
 func (r *reaper) run() {
 	ch := make(chan os.Signal, 1)

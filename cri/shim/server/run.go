@@ -9,6 +9,9 @@ import (
 
 // Run takes up what is there and serves; it returns after Shutdown.
 func (s *Server) Run(h *handover) error {
+	// Before anything can reap: an exec may have ended during the upgrade, and its
+	// exit code is with whoever waits for it first.
+	release := s.reaper.expect(h.execs())
 	go s.loop.run(s.log)
 	enough := s.extendStart()
 	err := s.recover(h.stored())
@@ -21,6 +24,7 @@ func (s *Server) Run(h *handover) error {
 		return err
 	}
 	s.resumeExecs(h)
+	release()
 	// Type=notify: whoever waits for podd-shim.service finds it answering.
 	s.notify(daemon.SdNotifyReady)
 	return s.Serve()

@@ -45,6 +45,30 @@ func (b *sandbox) snapshot() shim.Process {
 	return b.rec.Process
 }
 
+// signal sends to pause, if it is there.
+func (b *sandbox) signal(sig unix.Signal) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.pidfd < 0 {
+		return nil
+	}
+	if err := unix.PidfdSendSignal(b.pidfd, sig, nil, 0); err != unix.ESRCH {
+		return err
+	}
+	return nil
+}
+
+// release gives the pidfd of an ended pause back.
+func (b *sandbox) release() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.pidfd >= 0 {
+		b.w.remove()
+		unix.Close(b.pidfd)
+		b.pidfd = -1
+	}
+}
+
 // opLock is a mutex whose Lock can be given up.
 type opLock chan struct{}
 
@@ -291,10 +315,10 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 		return err
 	}
 	undo.add("pause", func() error {
-		_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+		_ = b.signal(unix.SIGKILL)
 		<-b.exited
-		b.w.remove()
-		return unix.Close(pidfd)
+		b.release()
+		return nil
 	})
 	statusW.Close()
 	_ = statusR.SetReadDeadline(time.Now().Add(10 * time.Second))
@@ -363,7 +387,7 @@ func (s *Server) deleteSandbox(ctx context.Context, id string) error {
 		return nil
 	}
 	if b.pidfd >= 0 {
-		if err := unix.PidfdSendSignal(b.pidfd, unix.SIGKILL, nil, 0); err != nil && err != unix.ESRCH {
+		if err := b.signal(unix.SIGKILL); err != nil {
 			return fmt.Errorf("kill pause: %w", err)
 		}
 		select {
@@ -371,9 +395,7 @@ func (s *Server) deleteSandbox(ctx context.Context, id string) error {
 		case <-ctx.Done():
 			return fmt.Errorf("pause does not end: %w", ctx.Err())
 		}
-		b.w.remove()
-		unix.Close(b.pidfd)
-		b.pidfd = -1
+		b.release()
 	}
 	if err := removeCgroup(b.rec.Cgroup, b.rec.SystemdCgroup, b.rec.CgroupPaths); err != nil {
 		return fmt.Errorf("cgroup of pause: %w", err)

@@ -105,6 +105,17 @@ func (h *handover) stored() []stored {
 	return all
 }
 
+// execs lists the processes that were exec'd.
+func (h *handover) execs() (pids []int) {
+	if h == nil {
+		return nil
+	}
+	for _, e := range h.Execs {
+		pids = append(pids, e.PID)
+	}
+	return pids
+}
+
 func (h *handover) listener() *os.File {
 	if h == nil {
 		return nil
@@ -161,11 +172,15 @@ func (s *Server) execute(path string) error {
 		containers = append(containers, c)
 	}
 	s.mu.RUnlock()
+	// Copies, made while their owners hold them still: a container that ends now
+	// closes its own, whose numbers may be others' by the time of the execve.
+	var copies []int
+	defer func() { closeAll(copies) }()
 	for _, c := range containers {
-		h.Fds = append(h.Fds, c.descriptors()...)
+		h.Fds = append(h.Fds, c.descriptors(&copies)...)
 		c.mu.Lock()
 		for e := range c.execs {
-			if x, ok := e.hand(); ok {
+			if x, ok := e.hand(&copies); ok {
 				h.Execs = append(h.Execs, x)
 			}
 		}
@@ -198,8 +213,22 @@ func (s *Server) execute(path string) error {
 	return fmt.Errorf("execute new program: %w", err)
 }
 
-// descriptors lists what the next program needs of a container.
-func (c *container) descriptors() []handedFD {
+// copyTo copies fd for the next program; -1 when it cannot.
+func copyTo(copies *[]int, fd int) int {
+	if fd < 0 {
+		return -1
+	}
+	copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	*copies = append(*copies, copied)
+	return copied
+}
+
+// descriptors are copies of what the next program needs of a container. What
+// cannot be copied it takes from the pod's store.
+func (c *container) descriptors(copies *[]int) []handedFD {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
 	c.mu.Lock()
@@ -210,7 +239,7 @@ func (c *container) descriptors() []handedFD {
 	id := c.rec.Process.ID
 	var fds []handedFD
 	add := func(name string, fd int) {
-		if fd >= 0 {
+		if fd = copyTo(copies, fd); fd >= 0 {
 			fds = append(fds, handedFD{id, name, fd})
 		}
 	}
@@ -242,8 +271,8 @@ func rawFD(f *os.File) int {
 	return n
 }
 
-// hand describes a running exec.
-func (e *execution) hand() (handedExec, bool) {
+// hand describes a running exec, with copies of its descriptors.
+func (e *execution) hand(copies *[]int) (handedExec, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.conn == nil {
@@ -258,9 +287,9 @@ func (e *execution) hand() (handedExec, bool) {
 	if err != nil {
 		return handedExec{}, false
 	}
-	h := handedExec{ID: e.c.rec.Process.ID, PID: e.pid, PIDFD: e.pidfd}
-	_ = conn.Control(func(fd uintptr) { h.Conn = int(fd) })
-	return h, true
+	h := handedExec{ID: e.c.rec.Process.ID, PID: e.pid, PIDFD: copyTo(copies, e.pidfd), Conn: -1}
+	_ = conn.Control(func(fd uintptr) { h.Conn = copyTo(copies, int(fd)) })
+	return h, h.PIDFD >= 0 && h.Conn >= 0
 }
 
 // resumeExecs goes on waiting for execs of before the upgrade.
@@ -291,10 +320,13 @@ func (s *Server) resumeExec(x handedExec) error {
 	c, err := s.container(x.ID)
 	if err != nil {
 		conn.Close()
+		unix.Close(x.PIDFD)
 		return err
 	}
 	e := &execution{c: c, pid: x.PID, pidfd: x.PIDFD, done: make(chan struct{})}
 	if e.w, err = s.reaper.watch(x.PID, x.PIDFD, e.onExit); err != nil {
+		conn.Close()
+		unix.Close(x.PIDFD)
 		return err
 	}
 	c.mu.Lock()
