@@ -67,6 +67,7 @@ func TestSessionsLeaveRoom(t *testing.T) {
 	defer w.Close()
 	defer r.Close()
 	var open []shim.Session
+	begin := time.Now()
 	for {
 		s, err := n.Attach(n.ctx(), spec.ID, r, nil, nil)
 		if errors.Is(err, errdefs.ErrResourceExhausted) {
@@ -79,7 +80,7 @@ func TestSessionsLeaveRoom(t *testing.T) {
 			t.Fatal("there is no end to sessions of one container")
 		}
 	}
-	t.Logf("%d sessions", len(open))
+	t.Logf("%d sessions in %v", len(open), time.Since(begin))
 	echo := &specs.Process{Args: []string{"/bin/true"}, Cwd: "/", Env: []string{"PATH=/bin"}}
 	if _, err := n.Exec(n.ctx(), &shim.ExecSpec{ContainerID: spec.ID, Process: echo}); !errors.Is(err, errdefs.ErrResourceExhausted) {
 		t.Errorf("one exec more: %v", err)
@@ -94,6 +95,7 @@ func TestSessionsLeaveRoom(t *testing.T) {
 		t.Error(err)
 	}
 	n.sandbox()
+	begin = time.Now()
 	for _, s := range open {
 		s.Close()
 	}
@@ -101,6 +103,7 @@ func TestSessionsLeaveRoom(t *testing.T) {
 		s, err := n.Exec(n.ctx(), &shim.ExecSpec{ContainerID: spec.ID, Process: echo})
 		if err == nil {
 			s.Close()
+			t.Logf("room again after %v", time.Since(begin))
 			return
 		}
 		if time.Now().After(deadline) {
