@@ -292,6 +292,12 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 		return err
 	}
 	undo.add("output", func() error { c.out.close(); return nil })
+	undo.add("descriptors", func() error {
+		c.unkeep("")
+		c.oom.close()
+		c.closeStreams()
+		return nil
+	})
 	if err := c.out.open(filepath.Join(dir, "cursor"), spec.LogPath, spec.LogMaxSize, spec.LogMaxFiles); err != nil {
 		return err
 	}
@@ -357,7 +363,6 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 		if c.pidfd >= 0 {
 			c.killInit()
 			<-c.exited
-			c.closeStreams()
 		}
 		return lc.Destroy()
 	})
@@ -370,6 +375,7 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 		return err
 	}
 	if err := c.adopt(pid); err != nil {
+		discard(pid)
 		return err
 	}
 	if err := io.receive(c); err != nil {
@@ -388,10 +394,10 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	c.oom = s.watchOOM(c, false)
 	c.keepAll()
 
-	if err := c.made(pid, way); err != nil {
+	if err := c.out.start(); err != nil {
 		return err
 	}
-	return c.out.start()
+	return c.made(pid, way) // last: what is made has an exit, and events
 }
 
 // made ends the creation.

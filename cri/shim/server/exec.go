@@ -178,10 +178,12 @@ func (c *container) exec(req *wire.ExecRequest, files [3]*os.File, conn *wire.Co
 	tty = started.Terminal
 	e := &execution{c: c, pid: started.PID, done: make(chan struct{})}
 	if e.pidfd, err = unix.PidfdOpen(e.pid, 0); err != nil {
+		discard(e.pid)
 		closeFiles(tty)
 		return nil, nil, fmt.Errorf("pidfd of exec: %w", err)
 	}
 	if e.w, err = c.s.reaper.watch(e.pid, e.pidfd, e.onExit); err != nil {
+		discard(e.pid)
 		unix.Close(e.pidfd)
 		closeFiles(tty)
 		return nil, nil, err

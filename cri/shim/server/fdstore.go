@@ -25,7 +25,8 @@ type fdStore struct {
 	pidfd      int // of the pause process
 	send, recv int // its descriptors
 
-	mu sync.Mutex
+	mu   sync.Mutex
+	gone map[[2]string]bool // dropped, by container and name or "", and maybe still there
 }
 
 func newFDStore(pidfd int) *fdStore {
@@ -69,6 +70,9 @@ func (s *fdStore) put(id string, fds ...stored) error {
 		return err
 	}
 	defer unix.Close(fd)
+	for _, f := range fds {
+		delete(s.gone, [2]string{id, f.name})
+	}
 	return send(fd, id, fds, 0)
 }
 
@@ -112,13 +116,19 @@ func send(sock int, id string, fds []stored, mark uint64) error {
 	}
 }
 
-// receive takes the next message; ok is false when there is none.
+// scmMaxFD is the most descriptors that a message may have (SCM_MAX_FD): with
+// room for as many, one is cut off only where this process may have no more.
+const scmMaxFD = 253
+
+// receive takes the next message; ok is false when there is none. Descriptors
+// that this process has no room for are an error: nobody may take what is left
+// for all there is.
 func receive(sock, flags int) (m storedMessage, fds []int, n int, ok bool, err error) {
 	buf := make([]byte, 4096)
-	oob := make([]byte, unix.CmsgSpace(16*4))
+	oob := make([]byte, unix.CmsgSpace(scmMaxFD*4))
 	for {
-		var oobn int
-		n, oobn, _, _, err = unix.Recvmsg(sock, buf, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC|flags)
+		var oobn, got int
+		n, oobn, got, _, err = unix.Recvmsg(sock, buf, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC|flags)
 		if err == unix.EINTR {
 			continue
 		}
@@ -136,9 +146,13 @@ func receive(sock, flags int) (m storedMessage, fds []int, n int, ok bool, err e
 				}
 			}
 		}
+		if got&unix.MSG_CTRUNC != 0 {
+			closeAll(fds)
+			return m, nil, n, true, fmt.Errorf("read descriptor store: %w", unix.EMFILE)
+		}
 		if e := json.Unmarshal(buf[:n], &m); e != nil || len(m.Names) != len(fds) {
 			closeAll(fds)
-			return m, nil, n, true, nil // not ours, or cut off: no names
+			return m, nil, n, true, nil // not ours: no names
 		}
 		return m, fds, n, true, nil
 	}
@@ -150,28 +164,36 @@ func closeAll(fds []int) {
 	}
 }
 
-// load returns copies of all stored descriptors; the store keeps its own.
+// load returns copies of all stored descriptors; the store keeps its own. With
+// an error some are missing.
 func (s *fdStore) load() ([]stored, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.copies()
 }
 
-func (s *fdStore) copies() ([]stored, error) {
+func (s *fdStore) copies() (all []stored, err error) {
 	sock, err := s.end(s.recv)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(sock)
+	defer func() { // a receive without a peek, as drop's, begins at the first one
+		if e := unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_PEEK_OFF, -1); err == nil && e != nil {
+			err = fmt.Errorf("seek in descriptor store: %w", e)
+		}
+	}()
 	latest := map[[2]string]int{}
 	var order [][2]string
 	for off := 0; ; {
 		// A peek at an offset skips the messages before it (socket(7), SO_PEEK_OFF).
-		if err := unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_PEEK_OFF, off); err != nil {
-			return nil, fmt.Errorf("seek in descriptor store: %w", err)
+		if e := unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_PEEK_OFF, off); e != nil {
+			err = fmt.Errorf("seek in descriptor store: %w", e)
+			break
 		}
-		m, fds, n, ok, err := receive(sock, unix.MSG_PEEK)
-		if err != nil || !ok {
+		m, fds, n, ok, e := receive(sock, unix.MSG_PEEK)
+		if e != nil || !ok {
+			err = e
 			break
 		}
 		off += n
@@ -185,29 +207,30 @@ func (s *fdStore) copies() ([]stored, error) {
 			latest[key] = fd
 		}
 	}
-	if err := unix.SetsockoptInt(sock, unix.SOL_SOCKET, unix.SO_PEEK_OFF, -1); err != nil {
-		return nil, fmt.Errorf("seek in descriptor store: %w", err)
-	}
-	var all []stored
 	for _, key := range order {
 		all = append(all, stored{id: key[0], name: key[1], fd: latest[key]})
 	}
-	return all, nil
+	return all, err
 }
 
-// drop removes what is stored of a container: everything, or the named one.
+// drop removes what is stored of a container: everything, or the named one. On
+// error all is still there, and goes with the next drop.
 func (s *fdStore) drop(id, name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	all, err := s.copies()
-	if err != nil {
-		return err
+	if s.gone == nil {
+		s.gone = map[[2]string]bool{}
 	}
+	s.gone[[2]string{id, name}] = true
+	all, err := s.copies()
 	defer func() {
 		for _, f := range all {
 			unix.Close(f.fd)
 		}
 	}()
+	if err != nil {
+		return err
+	}
 	tx, err := s.end(s.send)
 	if err != nil {
 		return err
@@ -235,7 +258,7 @@ func (s *fdStore) drop(id, name string) error {
 	}
 	var failed error
 	for _, f := range all {
-		if f.id == id && (name == "" || f.name == name) {
+		if s.gone[[2]string{f.id, ""}] || s.gone[[2]string{f.id, f.name}] {
 			continue
 		}
 		if len(keep) > 0 && (keep[0].id != f.id || len(keep) == 8) {
@@ -249,7 +272,8 @@ func (s *fdStore) drop(id, name string) error {
 	for {
 		m, fds, _, ok, err := receive(rx, 0)
 		closeAll(fds)
-		if err != nil || !ok || m.Mark == mark {
+		if !ok || m.Mark == mark { // what was cut off is in its copy
+			clear(s.gone)
 			return err
 		}
 	}

@@ -139,3 +139,49 @@ func TestFullRunDirectoryLosesNoLine(t *testing.T) {
 	out, _ := logged(t, spec.LogPath)
 	checkLines(t, out, count)
 }
+
+// TestCreatesWithoutRoomLeaveNothing: whatever the first thing is that has no
+// room, of a creation that fails nothing stays.
+func TestCreatesWithoutRoomLeaveNothing(t *testing.T) {
+	n := newNode(t, tinyRunDir(t))
+	dir := filepath.Join(n.dir, "shim")
+	box := n.sandbox()
+	whole := func() {
+		spec := n.containerSpec(box, "true")
+		spec.Stdin = true
+		if _, err := n.Create(n.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	whole()
+	before, failed := n.holds(), 0
+	before["pipe"] += 2 // a second idle pump may keep its scratch pipe
+	for pages := range int64(16) {
+		empty := fill(t, dir)
+		st, err := os.Stat(filepath.Join(dir, "filler"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(filepath.Join(dir, "filler"), st.Size()-pages*4096); err != nil {
+			t.Fatal(err)
+		}
+		spec := n.containerSpec(box, "true")
+		spec.Stdin = true
+		_, err = n.Create(n.ctx(), spec)
+		empty()
+		if err != nil {
+			failed++
+		} else if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d failed", failed)
+	if failed < 4 {
+		t.Errorf("only %d creations failed", failed)
+	}
+	n.holdsNoMoreThan(before)
+	whole()
+}

@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -95,11 +96,106 @@ func TestLeaks(t *testing.T) {
 	n.holdsNoMoreThan(before)
 }
 
+// TestFailedCreatesLeaveNothing lets the shim have so few descriptors that
+// creations and execs fail at each place where they open one.
+func TestFailedCreatesLeaveNothing(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	running := n.containerSpec(box, "exec sleep 1000")
+	n.run(running)
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var was unix.Rlimit
+	if err := unix.Prlimit(info.PID, unix.RLIMIT_NOFILE, nil, &was); err != nil {
+		t.Fatal(err)
+	}
+	lowest := func() uint64 { // descriptor that is free
+		for fd := uint64(0); ; fd++ {
+			if _, err := os.Lstat(fmt.Sprintf("/proc/%d/fd/%d", info.PID, fd)); err != nil {
+				return fd
+			}
+		}
+	}
+	short := func(more uint64, do func(ctx context.Context) error) error {
+		t.Helper()
+		few := was
+		few.Cur = lowest() + more
+		if err := unix.Prlimit(info.PID, unix.RLIMIT_NOFILE, &few, nil); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(n.ctx(), 5*time.Second)
+		defer cancel()
+		err := do(ctx)
+		if e := unix.Prlimit(info.PID, unix.RLIMIT_NOFILE, &was, nil); e != nil {
+			t.Fatal(e)
+		}
+		return err
+	}
+	children := func() int {
+		count := 0
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", info.PID))
+		for _, f := range tasks {
+			pids, _ := os.ReadFile(f)
+			count += len(strings.Fields(string(pids)))
+		}
+		return count
+	}
+	whole := func() { // what is made once, such as a compiled filter
+		spec := n.containerSpec(box, "true")
+		spec.Stdin = true
+		n.run(spec)
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+		n.execOut(running.ID, "/bin/true")
+	}
+	whole()
+	before, processes := n.holds(), children()
+	before["pipe"] += 2 // a second idle pump may keep its scratch pipe
+	failed := map[string]int{}
+	for more := uint64(4); more < 40; more++ {
+		spec := n.containerSpec(box, "exec sleep 1000")
+		spec.Stdin = more%2 == 0
+		spec.Spec.Process.Terminal = more%3 == 0
+		if err := short(more, func(ctx context.Context) error { _, err := n.Create(ctx, spec); return err }); err != nil {
+			failed["container"]++
+		} else if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Fatal(err)
+		}
+		other := n.sandboxSpec()
+		if err := short(more, func(ctx context.Context) error { _, err := n.CreateSandbox(ctx, other); return err }); err != nil {
+			failed["sandbox"]++
+		} else if err := n.DeleteSandbox(n.ctx(), other.ID); err != nil {
+			t.Fatal(err)
+		}
+		e := &shim.ExecSpec{ContainerID: running.ID, Process: &specs.Process{Args: []string{"/bin/sleep", "1000"}, Cwd: "/", Env: []string{"PATH=/bin"}}}
+		var s shim.Session
+		if err := short(more, func(ctx context.Context) (err error) { s, err = n.Exec(ctx, e); return err }); err != nil {
+			failed["exec"]++
+		} else {
+			s.Close()
+		}
+	}
+	t.Logf("failed: %v", failed)
+	if failed["container"] < 5 || failed["sandbox"] < 5 || failed["exec"] < 1 {
+		t.Errorf("too few failed: %v", failed)
+	}
+	n.holdsNoMoreThan(before)
+	for deadline := time.Now().Add(10 * time.Second); children() > processes; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d processes, there were %d", children(), processes)
+		}
+	}
+	whole() // and still works
+}
+
 // holdsNoMoreThan waits a little: connections close a moment after their
 // answer, and what libcontainer leaves to the garbage collector goes with it.
 func (n *node) holdsNoMoreThan(before map[string]int) {
 	n.t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		after, more := n.holds(), ""
 		for kind, count := range after {
 			if count > before[kind] {

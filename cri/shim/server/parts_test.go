@@ -165,6 +165,85 @@ func TestFDStore(t *testing.T) {
 	}
 }
 
+// TestFDStoreLosesNothingForLackOfDescriptors: who may open no more drops
+// nothing by mistake, and what was to go goes with the next drop.
+func TestFDStoreLosesNothingForLackOfDescriptors(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll(pair[:])
+	self, err := unix.PidfdOpen(os.Getpid(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(self)
+	s := &fdStore{pidfd: self, send: pair[0], recv: pair[1]}
+	null, err := unix.Open(os.DevNull, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(null)
+	for i := range 10 {
+		fds := []stored{{name: "stdout", fd: null}, {name: "stderr", fd: null}, {name: "pidfd", fd: null}}
+		if err := s.put(fmt.Sprintf("c%d", i), fds...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names := func() (n int) {
+		t.Helper()
+		all, err := s.load()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range all {
+			unix.Close(f.fd)
+		}
+		return len(all)
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	failed := 0
+	for more := range uint64(40) {
+		next, err := unix.FcntlInt(uintptr(null), unix.F_DUPFD_CLOEXEC, 0) // the lowest that is free
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(next)
+		few := was
+		few.Cur = uint64(next) + more
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
+			t.Fatal(err)
+		}
+		err = s.drop("c3", "")
+		if e := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); e != nil {
+			t.Fatal(e)
+		}
+		want := 27
+		if err != nil {
+			want, failed = 30, failed+1
+		}
+		if got := names(); got != want {
+			t.Fatalf("with %d descriptors free %d are left, want %d (%v)", more, got, want, err)
+		}
+		if err == nil {
+			break
+		}
+	}
+	if failed < 30 {
+		t.Errorf("only %d drops failed", failed)
+	}
+	s.gone = map[[2]string]bool{{"c4", "stdout"}: true} // of a drop that failed
+	if err := s.drop("c5", "pidfd"); err != nil {
+		t.Fatal(err)
+	}
+	if got := names(); got != 25 {
+		t.Errorf("%d are left, want 25", got)
+	}
+}
+
 func TestSysctlPath(t *testing.T) {
 	all := map[specs.LinuxNamespaceType]bool{specs.NetworkNamespace: true, specs.IPCNamespace: true, specs.UTSNamespace: true}
 	for _, c := range []struct{ key, want string }{

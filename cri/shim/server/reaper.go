@@ -73,6 +73,17 @@ func (r *reaper) expect(pids []int) (release func()) {
 	}
 }
 
+// discard ends a child that cannot be watched. Only for a start that is marked:
+// until its end nobody else reaps the child, so the pid is its own.
+func discard(pid int) {
+	_ = unix.Kill(pid, unix.SIGKILL)
+	for {
+		if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
+			return
+		}
+	}
+}
+
 // run reaps orphans whenever a child ends.
 func (r *reaper) run() {
 	ch := make(chan os.Signal, 1)

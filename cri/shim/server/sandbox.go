@@ -304,6 +304,7 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 	_ = cmd.Process.Release()
 	if pidfd < 0 {
 		if pidfd, err = unix.PidfdOpen(pid, 0); err != nil {
+			discard(pid)
 			return fmt.Errorf("pidfd of pause: %w", err)
 		}
 	}
@@ -312,6 +313,8 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 	b.w, err = s.reaper.watch(pid, pidfd, b.onExit)
 	b.mu.Unlock()
 	if err != nil {
+		discard(pid)
+		unix.Close(pidfd)
 		return err
 	}
 	undo.add("pause", func() error {

@@ -22,6 +22,7 @@ import (
 	"runtime/debug"
 	"sort"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -79,6 +80,7 @@ type Server struct {
 	sessions *sessions
 	open     openCalls
 	idle     *time.Timer   // gives memory back after a burst
+	failed   atomic.Bool   // a creation or deletion, since that was done last
 	stop     chan struct{} // closed by Shutdown
 	stopOnce sync.Once
 }
@@ -104,7 +106,10 @@ func New(cfg Config) (*Server, error) {
 	s.containers = store{root: s.path("containers"), quarantine: s.path("quarantine"), log: s.log}
 	s.sandboxes = store{root: s.path("sandboxes"), quarantine: s.path("quarantine"), log: s.log}
 	s.filters = newFilters(s.path("seccomp"))
-	s.idle = time.AfterFunc(idleAfter, debug.FreeOSMemory)
+	s.idle = time.AfterFunc(idleAfter, func() {
+		s.failed.Store(false)
+		debug.FreeOSMemory()
+	})
 	var err error
 	if s.build, err = shim.BuildID("/proc/self/exe"); err != nil {
 		return nil, err
@@ -346,11 +351,27 @@ func (s *Server) handle(conn *wire.Conn, frame *wire.Frame, leave func()) (err e
 // it needed goes back to the system: the shim is small when nothing happens.
 const idleAfter = 5 * time.Second
 
+// failedAfter is the same after one that failed: libcontainer leaves descriptors
+// of such to the garbage collector.
+const failedAfter = 200 * time.Millisecond
+
+// tidyLater gives memory back after a while without creations and deletions.
+func (s *Server) tidyLater(failed bool) {
+	if failed {
+		s.failed.Store(true)
+	}
+	after := idleAfter
+	if s.failed.Load() {
+		after = failedAfter
+	}
+	s.idle.Reset(after)
+}
+
 // call dispatches the requests that have one answer.
-func (s *Server) call(ctx context.Context, frame *wire.Frame) (any, error) {
+func (s *Server) call(ctx context.Context, frame *wire.Frame) (_ any, err error) {
 	switch frame.Kind {
 	case wire.Create, wire.CreateSandbox, wire.Delete, wire.DeleteSandbox:
-		defer s.idle.Reset(idleAfter)
+		defer func() { s.tidyLater(err != nil) }()
 	}
 	switch frame.Kind {
 	case wire.CreateSandbox:

@@ -110,7 +110,12 @@ func (io *stdio) receive(c *container) error {
 }
 
 // useTTY makes master the container's input and output.
-func (c *container) useTTY(master *os.File) error {
+func (c *container) useTTY(master *os.File) (err error) {
+	defer func() {
+		if err != nil {
+			master.Close()
+		}
+	}()
 	fd, err := unix.FcntlInt(master.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return err
