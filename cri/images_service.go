@@ -90,7 +90,7 @@ func (s *Service) PullImage(ctx context.Context, r *runtimeapi.PullImageRequest)
 	defer s.pulls.end(name)
 	img, err := s.images.Pull(ctx, name, r.GetAuth(), func(p images.Progress) { s.pulls.update(name, p) })
 	if err != nil {
-		return nil, fmt.Errorf("pull image %q: %w", clip(name), err)
+		return nil, err // which names the image
 	}
 	s.log.Info("image pulled", "image", name, "id", img.ID)
 	return &runtimeapi.PullImageResponse{ImageRef: img.ID}, nil

@@ -342,8 +342,30 @@ func TestImageCommands(t *testing.T) {
 		t.Errorf("rmi: %q", got)
 	}
 	err := d.run(t.Context(), nil, io.Discard, io.Discard, "pull", "--creds", "u:wrong", "example/a:1")
-	if err == nil || !strings.Contains(err.Error(), "pull example/a:1: ") {
+	if err == nil || strings.Count(err.Error(), "pull example/a:1: ") != 1 {
 		t.Errorf("refused pull: %v", err)
+	}
+}
+
+// Of several archives all that can be loaded is; what cannot be is listed.
+func TestLoadTakesWhatItCan(t *testing.T) {
+	d := start(t)
+	var args []string
+	for i, text := range []string{"bad", "half a.io/one:1", "a.io/two:1"} {
+		args = append(args, filepath.Join(d.dir, fmt.Sprint(i, ".tar")))
+		if err := os.WriteFile(args[i], []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var out buffer
+	err := d.run(t.Context(), nil, &out, io.Discard, append([]string{"load", filepath.Join(d.dir, "none.tar")}, args...)...)
+	if got := out.String(); got != "loaded a.io/one:1\nloaded a.io/two:1\n" {
+		t.Errorf("load: %q", got)
+	}
+	for _, want := range []string{"none.tar: no such file", "0.tar: no image in the archive", "1.tar: image a.io/other:1: lacks blob x"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not told: %v", want, err)
+		}
 	}
 }
 

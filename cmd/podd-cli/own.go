@@ -393,8 +393,11 @@ func newPull(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 				p.bar = true
 			}
 			last, err := p.follow(resp.Body)
+			if err != nil && !strings.HasPrefix(err.Error(), "pull ") { // the daemon's own words name it
+				err = fmt.Errorf("pull %s: %w", args[0], err)
+			}
 			if err != nil {
-				return fmt.Errorf("pull %s: %w", args[0], err)
+				return err
 			}
 			fmt.Fprintln(streams.Out, last.Image.ID)
 			return nil
@@ -465,6 +468,8 @@ func newLoad(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "load FILE...",
 		Short: "Load images from OCI layout or docker-archive tars",
+		Long: `Load images from OCI layout or docker-archive tars.
+What can be loaded is; what cannot be is listed with its reason.`,
 		Example: `  podd load nginx.tar
   docker save app:1 | podd load -
   podd load --name example/app:1 layout.tar`,
@@ -474,19 +479,14 @@ func newLoad(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 			if name != "" {
 				query.Set("name", name)
 			}
+			var errs []error
 			for _, name := range args {
-				in := streams.In
-				if name != "-" {
-					f, err := os.Open(name)
-					if err != nil {
-						return err
-					}
-					defer f.Close()
-					in = f
+				list, err := loadFile(cmd.Context(), c, name, streams.In, query)
+				if err != nil {
+					errs = append(errs, fmt.Errorf("load %s: %s", name, strings.TrimPrefix(err.Error(), "load: ")))
 				}
-				var list api.Images
-				if err := c.do(cmd.Context(), "PUT", "/images", query, in, &list); err != nil {
-					return fmt.Errorf("load %s: %w", name, err)
+				for _, f := range list.Failed {
+					errs = append(errs, fmt.Errorf("load %s: image %s: %s", name, strings.Join(f.Names, ", "), f.Message))
 				}
 				for _, i := range list.Items {
 					if quiet || len(i.Tags) == 0 {
@@ -497,13 +497,31 @@ func newLoad(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 						fmt.Fprintln(streams.Out, "loaded", t)
 					}
 				}
+				if cmd.Context().Err() != nil {
+					break
+				}
 			}
-			return nil
+			return errors.Join(errs...)
 		},
 	}
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "Print the images' ids only")
 	cmd.Flags().StringVar(&name, "name", "", "What to call an image that has no name in its archive")
 	return cmd
+}
+
+// loadFile sends one archive to the daemon; "-" is standard input.
+func loadFile(ctx context.Context, c *client, name string, stdin io.Reader, query url.Values) (list api.Images, err error) {
+	in := stdin
+	if name != "-" {
+		f, err := os.Open(name)
+		if err != nil {
+			return list, err
+		}
+		defer f.Close()
+		in = f
+	}
+	err = c.do(ctx, "PUT", "/images", query, in, &list)
+	return list, err
 }
 
 func newRmi(c *client, streams genericiooptions.IOStreams) *cobra.Command {

@@ -37,7 +37,7 @@ func (e *LoadError) Error() string {
 	for _, u := range e.Images {
 		parts = append(parts, "image "+u.Name+": "+u.Err.Error())
 	}
-	return "load: " + strings.Join(parts, "; ")
+	return strings.Join(parts, "; ")
 }
 
 func (e *LoadError) Unwrap() []error {

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -285,10 +286,16 @@ func (s *Server) pull(w http.ResponseWriter, r *http.Request) error {
 
 func (s *Server) load(w http.ResponseWriter, r *http.Request) error {
 	all, err := s.cfg.Images.Load(r.Context(), r.Body, images.LoadOptions{Name: r.URL.Query().Get("name")})
-	if err != nil {
-		return fmt.Errorf("load images: %w", err)
+	var not *images.LoadError
+	if err != nil && (!errors.As(err, &not) || len(all) == 0) {
+		return err
 	}
 	out := imageList(distinct(all))
+	if not != nil {
+		for _, u := range not.Images {
+			out.Failed = append(out.Failed, api.ImageProblem{Names: []string{u.Name}, Message: u.Err.Error()})
+		}
+	}
 	writeJSON(w, http.StatusOK, &out)
 	return nil
 }

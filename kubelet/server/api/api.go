@@ -112,11 +112,14 @@ type Image struct {
 // Images answers GET /podd/v1/images, and PUT with what was loaded.
 type Images struct {
 	Items []Image `json:"items"`
+	// Failed are images of an archive that were not loaded, by name, while
+	// others were.
+	Failed []ImageProblem `json:"failed,omitempty"`
 }
 
 // ImageProblem is something that is not as it was stored.
 type ImageProblem struct {
-	ID      string   `json:"id"` // of the image
+	ID      string   `json:"id,omitempty"` // of the image
 	Names   []string `json:"names,omitempty"`
 	Message string   `json:"message"`
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -355,8 +356,9 @@ func (i *Images) Remove(_ context.Context, ref string) error {
 	return nil
 }
 
-// Load takes the text of its input for the name of the image. The real one
-// tells an image once for each of its tags; this one tells it twice.
+// Load takes the text of its input for the name of the image; with "half " before
+// it the archive has another one that cannot be loaded. The real one tells an
+// image once for each of its tags; this one tells it twice.
 func (i *Images) Load(ctx context.Context, tar io.Reader, _ images.LoadOptions) ([]*images.Image, error) {
 	b, err := io.ReadAll(tar)
 	if err != nil {
@@ -365,7 +367,11 @@ func (i *Images) Load(ctx context.Context, tar io.Reader, _ images.LoadOptions) 
 	if bytes.HasPrefix(b, []byte("bad")) {
 		return nil, fmt.Errorf("no image in the archive: %w", errdefs.ErrInvalidArgument)
 	}
-	img, err := i.Pull(ctx, string(b), nil, func(images.Progress) {})
+	name, half := strings.CutPrefix(string(b), "half ")
+	img, err := i.Pull(ctx, name, nil, func(images.Progress) {})
+	if err == nil && half {
+		err = &images.LoadError{Images: []images.Unloaded{{Name: "a.io/other:1", Err: fmt.Errorf("lacks blob x: %w", errdefs.ErrInvalidArgument)}}}
+	}
 	return []*images.Image{img, img}, err
 }
 
