@@ -606,3 +606,23 @@ func TestSignals(t *testing.T) {
 		t.Errorf("got %d", n)
 	}
 }
+
+// TestGroupOfAnImagesUser: with a user of the request the image's group does
+// not count (which is what the kubelet's requests always have), without one its
+// user and group do.
+func TestGroupOfAnImagesUser(t *testing.T) {
+	one, three := &runtimeapi.Int64Value{Value: 1}, &runtimeapi.Int64Value{Value: 3}
+	for _, tt := range []struct {
+		sc   *runtimeapi.LinuxContainerSecurityContext
+		want string
+	}{
+		{&runtimeapi.LinuxContainerSecurityContext{RunAsUser: one}, "1"},
+		{&runtimeapi.LinuxContainerSecurityContext{RunAsUsername: "app"}, "app"},
+		{&runtimeapi.LinuxContainerSecurityContext{RunAsUser: one, RunAsGroup: three}, "1:3"},
+		{&runtimeapi.LinuxContainerSecurityContext{}, "1:2"},
+	} {
+		if got, err := userString(tt.sc, "1:2"); err != nil || got != tt.want {
+			t.Errorf("%v: %q, %v; want %q", tt.sc, got, err, tt.want)
+		}
+	}
+}

@@ -33,7 +33,7 @@ var refusals = []refusal{
 	{"ImageRegistryUnknown", []string{"no such host", "server misbehaving", "name resolution"}, "the registry's name cannot be resolved", "check the registry's name and this node's DNS (/etc/resolv.conf)"},
 	{"ImageTimeout", []string{"deadline exceeded", "i/o timeout", "timeout awaiting", "handshake timeout"}, "the registry does not answer in time", "see that the registry can be reached from this node, and its proxy settings"},
 	{"ImageCorrupt", []string{"does not have its digest", "digest mismatch", "unexpected commit digest", "data loss"}, "what the registry sent is not what its digest promises", "pull it again; if that does not help, push the image anew"},
-	{"ImagePlatform", []string{"no match for platform", "not available for"}, "it is not there for this machine's architecture", "use a tag that is built for this architecture"},
+	{"ImagePlatform", []string{"no match for platform", "not available for", "has no image for"}, "it is not there for this machine's architecture", "use a tag that is built for this architecture"},
 }
 
 // image explains an image that is not there.
@@ -42,6 +42,8 @@ func (x *explainer) image(c *v1.Container, subject string, w *v1.ContainerStateW
 	name := c.Image
 	if m := imageIn.FindStringSubmatch(w.Message); m != nil {
 		name = m[1]
+	} else if m := pulled.FindStringSubmatch(w.Message); m != nil && !sameImage(m[1], name) {
+		name = m[1] // of a volume
 	}
 	head := fmt.Sprintf("%s has no image: %s", capital(subject), name)
 	switch w.Reason {
@@ -76,6 +78,9 @@ func (x *explainer) image(c *v1.Container, subject string, w *v1.ContainerStateW
 }
 
 var imageIn = regexp.MustCompile(`(?:pull image|pulling image|[Ii]mage|image tag|image name) "([^"]+)"`)
+
+// pulled is the whole reference in the image store's own words.
+var pulled = regexp.MustCompile(`(?:^|: )pull (\S+): `)
 
 func last(s, sep string) string {
 	if i := strings.LastIndex(s, sep); i >= 0 {

@@ -62,6 +62,7 @@ func TestExplain(t *testing.T) {
 	}{
 		{"no name server", Evidence{Pod: podWith(waiting("ErrImagePull", `pull image "r.test/a:1": pull r.test/a:1: resolve: r.test: dial tcp: lookup r.test on 10.0.0.1:53: no such host; the registry is not reachable: unavailable`))},
 			"ImageRegistryUnknown", []string{"r.test/a:1 cannot be pulled", "name cannot be resolved", "no such host"}},
+		{"of a volume", Evidence{Pod: podWith(waiting("ErrImagePull", `pull r.test/volume:1: fetch: index sha256:x has no image for linux/amd64, only for linux/arm64: failed precondition`))}, "ImagePlatform", []string{"r.test/volume:1", "architecture"}},
 		{"rate limit", Evidence{Pod: podWith(waiting("ErrImagePull", `pull image "a:1": 429 Too Many Requests`))}, "ImageRateLimit", []string{"limits"}},
 		{"other platform", Evidence{Pod: podWith(waiting("ErrImagePull", `pull image "a:1": no match for platform linux/amd64: not found`))}, "ImagePlatform", []string{"architecture"}},
 		{"oom", Evidence{Pod: podWith(ended("OOMKilled", 137), func(p *v1.Pod) {
