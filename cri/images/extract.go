@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -162,6 +163,31 @@ type said struct {
 
 func (e *said) Error() string { return e.text }
 func (e *said) Unwrap() error { return e.err }
+
+// maxTold bounds an error that strangers have had a say in.
+const maxTold = 8 << 10
+
+// forPeople makes an error fit for logs, events and terminals: one line without
+// control characters, of bounded length.
+func forPeople(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	clean := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, text[:min(len(text), maxTold)])
+	if len(text) > maxTold {
+		clean += "…"
+	}
+	if clean == text {
+		return err
+	}
+	return &said{clean, err}
+}
 
 // unreadable tells what is wrong with an archive that cannot be read on.
 func (x *extractor) unreadable(err error) error {

@@ -2,6 +2,7 @@ package images
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -58,7 +59,13 @@ func (e *LoadError) Unwrap() []error {
 // Errors: errdefs.ErrInvalidArgument (not such an archive, or refused:
 // ErrHostile), ErrDataLoss (digest mismatch), ErrFailedPrecondition (not for
 // this platform), ErrResourceExhausted (no space).
-func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image, error) {
+func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) (loaded []*Image, err error) {
+	defer func() {
+		var not *LoadError
+		if !errors.As(err, &not) {
+			err = forPeople(err)
+		}
+	}()
 	var override target
 	if o.Name != "" {
 		var err error
@@ -99,7 +106,6 @@ func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image,
 	if err != nil {
 		return nil, fmt.Errorf("load: %w", err)
 	}
-	var loaded []*Image
 	for _, g := range groups {
 		img, err := s.loadOne(ctx, l, a, g, o.Progress)
 		switch {
@@ -110,6 +116,9 @@ func (s *Store) Load(ctx context.Context, r io.Reader, o LoadOptions) ([]*Image,
 		default:
 			not = append(not, Unloaded{g.String(), diskFull(err)})
 		}
+	}
+	for i := range not {
+		not[i].Err = forPeople(not[i].Err)
 	}
 	if len(not) > 0 {
 		return loaded, &LoadError{not}

@@ -290,12 +290,17 @@ func (r *remote) next(skip int) (more bool, err error) {
 }
 
 func (s *Store) pull(ctx context.Context, t target, auth *runtimeapi.AuthConfig, p *pull) (*record, error) {
-	began := time.Now()
 	reg, err := s.registry(ctx, t, auth)
 	if err != nil {
 		return nil, fmt.Errorf("pull %s: %w", t, err)
 	}
 	defer reg.close()
+	return s.pullFrom(ctx, reg, auth, p)
+}
+
+func (s *Store) pullFrom(ctx context.Context, reg *registry, auth *runtimeapi.AuthConfig, p *pull) (_ *record, err error) {
+	defer func() { err = forPeople(err) }()
+	began, t := time.Now(), reg.ref
 	l, release := s.lease(false)
 	defer release()
 

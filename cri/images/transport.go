@@ -289,7 +289,7 @@ func (r *registry) checkAnswer(req *http.Request, resp *http.Response) error {
 	}
 	// It was not asked for. gzip and deflate take some kilobytes each; several,
 	// or zstd, take as much memory as the other side likes.
-	switch enc := strings.ToLower(strings.TrimSpace(resp.Header.Get("Content-Encoding"))); {
+	switch enc := strings.ToLower(strings.Trim(resp.Header.Get("Content-Encoding"), " \t")); {
 	case len(resp.Header.Values("Content-Encoding")) > 1, enc != "" && enc != "identity" && enc != "gzip" && enc != "deflate":
 		return fmt.Errorf("content encoding %q, which was not asked for: %w", clip(strings.Join(resp.Header.Values("Content-Encoding"), ", ")), ErrHostile)
 	case enc != "" && enc != "identity":
