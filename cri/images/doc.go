@@ -32,6 +32,17 @@
 // 15 ms (44), one of 15 MB in 4,000 files in 0.35 s (2.5); an open store takes
 // about 1 MiB of heap and two goroutines.
 //
+// # Sharing
+//
+// Pulls share what they do, and none may hold up, or spoil, what another does:
+//
+//	pull      same reference, same credentials
+//	transfer  same host, same credentials, same blob; raced when it is slow
+//	unpacking same chain from the same blob; entered with a turn to work
+//
+// What is shared is left when it fails: the error of another is answered by an
+// attempt of one's own. The layers below are waited for whoever brings them.
+//
 // # Locks
 //
 // Store.mu guards the maps and is never held across I/O. Store.records

@@ -272,6 +272,26 @@ func (p *provider) identity(ctx context.Context, pod *v1.Pod) (identity, bool, e
 // askTimeout of one question, upstream's.
 const askTimeout = time.Minute
 
+// maxOutput of a plugin: an answer has some kilobytes.
+const maxOutput = 1 << 20
+
+// bounded keeps the first bytes that are written to it. Its left is negative
+// when there were more.
+type bounded struct {
+	kept []byte
+	left int
+}
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if keep := min(len(p), max(b.left, 0)); keep > 0 {
+		b.kept = append(b.kept, p[:keep]...)
+	}
+	if b.left -= len(p); b.left < -1 {
+		b.left = -1
+	}
+	return len(p), nil
+}
+
 // ask the plugin. Neither its answer nor the token is part of any error.
 func (p *provider) ask(ctx context.Context, image string, who identity) (*pluginapi.CredentialProviderResponse, error) {
 	req := &pluginapi.CredentialProviderRequest{Image: image, ServiceAccountToken: who.token, ServiceAccountAnnotations: who.annotations}
@@ -288,13 +308,16 @@ func (p *provider) ask(ctx context.Context, image string, who identity) (*plugin
 		cmd.Env = append(cmd.Env, e.Name+"="+e.Value)
 	}
 	cmd.WaitDelay = time.Second
-	var out, errs bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &out, &errs
+	out, errs := &bounded{left: maxOutput}, &bounded{left: maxOutput}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), out, errs
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("%w: %s", cmp.Or(ctx.Err(), err), strings.TrimSpace(errs.String()))
+		return nil, fmt.Errorf("%w: %s", cmp.Or(ctx.Err(), err), strings.TrimSpace(string(errs.kept)))
+	}
+	if out.left < 0 {
+		return nil, fmt.Errorf("its answer has more than %d bytes", maxOutput)
 	}
 	resp := &pluginapi.CredentialProviderResponse{}
-	if json.Unmarshal(out.Bytes(), resp) != nil {
+	if json.Unmarshal(out.kept, resp) != nil {
 		return nil, errors.New("its answer is no JSON of a CredentialProviderResponse")
 	}
 	if resp.Kind != "CredentialProviderResponse" || resp.APIVersion != p.cfg.APIVersion {

@@ -219,3 +219,22 @@ func TestMistakesAreNamed(t *testing.T) {
 		})
 	}
 }
+
+// A plugin that writes without end is not kept in memory.
+func TestOutputOfAPluginIsBounded(t *testing.T) {
+	cfg, _ := plugin(t, "head -c 20000000 /dev/zero; head -c 20000000 /dev/zero >&2\n", "")
+	p := open(t, cfg)
+	_, err := p.all[0].ask(t.Context(), "a.example.com/x", identity{})
+	if err == nil || !strings.Contains(err.Error(), "more than") {
+		t.Errorf("err = %.200v", err)
+	}
+	b := &bounded{left: 3}
+	for _, part := range []string{"ab", "", "cd", "ef"} {
+		if n, err := b.Write([]byte(part)); n != len(part) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	if string(b.kept) != "abc" || b.left >= 0 {
+		t.Errorf("kept %q, left %d", b.kept, b.left)
+	}
+}
