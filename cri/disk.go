@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -82,9 +83,15 @@ type AtRest struct {
 	Files tree.Usage
 }
 
+// atRestWait is how long DiskAtRest waits for first measurements, of all
+// containers together. Those that have none by then are in the next answer.
+const atRestWait = 2 * time.Second
+
 // DiskAtRest is what pods have on disk that no running container's statistics
 // tell, by the pods' UIDs; of one pod if uid is not empty.
 func (s *Service) DiskAtRest(ctx context.Context, uid string) map[string]AtRest {
+	ctx, cancel := context.WithTimeout(ctx, atRestWait)
+	defer cancel()
 	out := map[string]AtRest{}
 	for _, sb := range s.objects.allSandboxes() {
 		pod := sb.config.GetMetadata().GetUid()
@@ -102,7 +109,7 @@ func (s *Service) DiskAtRest(ctx context.Context, uid string) map[string]AtRest 
 				continue
 			}
 			name := c.config.GetMetadata().GetName()
-			// One that is being removed has no figure, and soon nothing to tell.
+			// One that is being removed has no figure, and soon nothing.
 			if u, err := s.ownDisk(ctx, c); err == nil && u.Bytes >= at.Containers[name].Bytes {
 				at.Containers[name] = u
 			}

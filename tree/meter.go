@@ -197,6 +197,9 @@ func (m *Meter) one(ctx context.Context, key string) {
 	}
 	k.at, k.worked, k.busy = time.Now(), worked, false
 	k.settle()
+	if errors.Is(err, os.ErrNotExist) && m.keys[key] == k {
+		delete(m.keys, key) // asked for after it was forgotten
+	}
 	m.mu.Unlock()
 	m.wake()
 	switch {

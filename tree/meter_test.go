@@ -56,6 +56,11 @@ func TestMeter(t *testing.T) {
 			}
 		}
 	}
+	m.mu.Lock()
+	if m.keys["gone"] != nil {
+		t.Error("what is gone is remembered")
+	}
+	m.mu.Unlock()
 	close(slow)
 	if u, err := m.Usage(ctx, "slow"); err != nil || u.Bytes != 7 {
 		t.Errorf("slow: %+v, %v", u, err)
