@@ -41,6 +41,9 @@ const (
 	eventRefill = 5 * time.Minute // for one more
 	// eventTries of one event; then it is dropped, as upstream does.
 	eventTries = 12
+	// maxSent is how many events are remembered to be at the apiserver, and of
+	// how many objects. One that is forgotten is found there when it is made.
+	maxSent = 4096
 )
 
 // NewEvents returns Events that sends at most qps events a second, after a
@@ -55,8 +58,8 @@ func NewEvents(client *Client, from interface {
 	return e
 }
 
-// Run passes on what happens from now on until ctx ends. A backlog is merged by
-// the store, so a long silence of the apiserver costs no memory.
+// Run passes on what happens from now on until ctx ends. A backlog is merged and
+// bounded by the store, so a long silence of the apiserver costs no memory.
 func (e *Events) Run(ctx context.Context) error {
 	began := time.Now()
 	for ev := range e.from.Watch(ctx) {
@@ -81,9 +84,8 @@ func (e *Events) admit(event *v1.Event) bool {
 	uid := event.InvolvedObject.UID
 	b := e.buckets[uid]
 	if b == nil {
-		if len(e.buckets) > 4096 {
+		if len(e.buckets) >= maxSent {
 			clear(e.buckets)
-			clear(e.sent)
 		}
 		b = &bucket{tokens: eventBurst, filled: now}
 		e.buckets[uid] = b
@@ -128,6 +130,9 @@ func (e *Events) send(ctx context.Context, event *v1.Event) {
 		var status *apierrors.StatusError
 		switch {
 		case err == nil:
+			if len(e.sent) >= maxSent {
+				clear(e.sent)
+			}
 			e.sent[key] = true
 			return
 		case errors.As(err, &status) && !apierrors.IsTooManyRequests(err) && !apierrors.IsInternalError(err) && !apierrors.IsServerTimeout(err):
