@@ -346,20 +346,46 @@ func TestCNILoopback(t *testing.T) {
 func TestASTATUSThatHangsHoldsUpNoPod(t *testing.T) {
 	w, log := cniWorld(t)
 	w.conflist("10-test.conflist", log, map[string]any{"hang": "STATUS"})
-	soon, stop := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer stop()
-	if err := w.net.Ready(soon); !errdefs.IsUnavailable(err) || !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("ready: %v", err)
+	patient, giveUp := context.WithCancel(t.Context())
+	first := make(chan error, 1)
+	go func() { first <- w.net.Ready(patient) }()
+	deadline := time.Now().Add(20 * time.Second)
+	for { // the plugin has been asked, and hangs
+		if data, _ := os.ReadFile(log); strings.Contains(string(data), "STATUS") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the plugin is not asked")
+		}
+		time.Sleep(time.Millisecond)
 	}
-	// It still hangs; a pod is attached, and detached.
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	p := w.pod()
-	if _, err := w.net.Attach(ctx, p); err != nil {
-		t.Error(err)
+	done, p := make(chan struct{}), w.pod()
+	go func() {
+		defer close(done)
+		if _, err := w.net.Attach(ctx, p); err != nil {
+			t.Error(err)
+		}
+		if err := w.net.Detach(ctx, p); err != nil {
+			t.Error(err)
+		}
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		t.Error("a pod waits for the plugin")
 	}
-	if err := w.net.Detach(ctx, p); err != nil {
-		t.Error(err)
+	// Who asks too waits no longer than he has time.
+	soon, stop := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer stop()
+	if err := w.net.Ready(soon); !errdefs.IsUnavailable(err) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the second: %v", err)
 	}
-	// And the network closes without waiting for it: see newWorld.
+	giveUp()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("the first: %v", err)
+	}
+	<-done
+	// And the network closes without waiting for the plugin: see newWorld.
 }
