@@ -3,7 +3,6 @@ package manifests
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -12,9 +11,8 @@ import (
 )
 
 const (
-	// answerTime is how long a file may take to be read and decoded: a large one
-	// on a busy machine takes a second or two. One on a network file system whose
-	// server is away takes for ever.
+	// answerTime is how long a file may take to be read. One on a network file
+	// system whose server is away takes for ever.
 	answerTime = 10 * time.Second
 	// maxHung bounds how many files are waited for at once: each holds a thread.
 	maxHung = 16
@@ -69,18 +67,22 @@ func (h *hung) inTime(question string, f func()) bool {
 	}
 }
 
-// loadInTime is load of a file that may lie on a file system that hangs: then it
-// is broken, whatever it was before stays in force, and all others go on.
-func (s *Source) loadInTime(name string, known *file) outcome {
+// readInTime is read of a file that may lie on a file system that hangs: what it
+// was before then stays in force, and all others go on.
+func (s *Source) readInTime(name string, known *file, id *fileID) (data []byte, same bool, err error) {
 	if known != nil { // which may change while the answer is out
-		known = &file{id: known.id, sum: known.sum}
+		known = &file{id: known.id}
 	}
-	var found outcome
-	if s.hung.inTime(name, func() { found = s.load(name, known) }) {
-		return found
+	var found fileID
+	path := s.path(name)
+	var text []byte
+	var old bool
+	var wrong error
+	if !s.hung.inTime(name, func() { text, old, wrong = s.read(path, known, &found) }) {
+		return nil, false, &Problem{Message: errSilent.Error(), Remedy: "see that the server of the file system is there, or remove the link"}
 	}
-	return outcome{name: name, broken: true, problems: []Problem{{File: filepath.Join(s.cfg.Dir, name),
-		Message: errSilent.Error(), Remedy: "see that the server of the file system is there, or remove the link"}}}
+	*id = found
+	return text, old, wrong
 }
 
 // listInTime is list of a directory that may lie on such a file system.

@@ -50,7 +50,7 @@ func (s *Source) look(now time.Time) {
 		if known != nil && known.unlinked {
 			known = nil
 		}
-		found[i] = s.loadInTime(names[i], known)
+		found[i] = s.load(names[i], known)
 	})
 
 	affected := map[ObjectRef]struct{}{}
@@ -173,7 +173,7 @@ func (s *Source) load(name string, known *file) (o outcome) {
 			fail(fmt.Sprintf("cannot be decoded: %v", r), "report this with the file")
 		}
 	}()
-	data, same, err := s.read(path, known, &o.id)
+	data, same, err := s.readInTime(name, known, &o.id)
 	var wrong *Problem
 	switch {
 	case errors.Is(err, unix.ENOENT):
