@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
@@ -124,5 +125,52 @@ func TestDeletedManifestThatComesBackRestartsThePod(t *testing.T) {
 	})
 	if after.UID != before.UID || status(after).RestartCount != 1 {
 		t.Errorf("UID %s was %s, restarted %d times, want once", after.UID, before.UID, status(after).RestartCount)
+	}
+}
+
+// TestCopyOfAManifestDoesNotTakeOver: cp web.yaml web-copy.yaml changes nothing,
+// also across a restart of podd, and is told; a rename and an editor's save go on
+// as if the copy was not there.
+func TestCopyOfAManifestDoesNotTakeOver(t *testing.T) {
+	n := start(t)
+	n.Write("web.yaml", pod("web", "", "pause"))
+	n.WaitRunning("web")
+	was, _ := n.Pod("web")
+	same := func(what string) {
+		t.Helper()
+		now, err := n.Pod("web")
+		if err != nil || now.UID != was.UID || status(now).ContainerID != status(was).ContainerID {
+			t.Fatalf("%s: the pod is another one: %v, %v, %v", what, now.UID, was.UID, err)
+		}
+	}
+	told := func(copied, inForce string) {
+		t.Helper()
+		node.Await(t, "the copy is told", 20*second, func() bool {
+			out := n.OK("status")
+			return strings.Contains(out, copied+":") && strings.Contains(out, inForce+", which is in force")
+		}, func() string { return n.OK("status") })
+		for _, args := range [][]string{{"why"}, {"why", "web"}} {
+			if out := n.OK(args...); !strings.Contains(out, copied) || !strings.Contains(out, inForce+", which is in force") {
+				t.Errorf("podd %v:\n%s", args, out)
+			}
+		}
+	}
+	n.Write("web-copy.yaml", pod("web", "", "serve")) // comes first by name
+	told("web-copy.yaml", "web.yaml")
+	same("copied")
+	n.Signal(syscall.SIGTERM)
+	n.Start()
+	told("web-copy.yaml", "web.yaml")
+	same("restarted")
+	manifests := filepath.Join(n.Dir, "manifests")
+	if err := os.Rename(filepath.Join(manifests, "web.yaml"), filepath.Join(manifests, "web2.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	told("web-copy.yaml", "web2.yaml")
+	same("renamed")
+	n.Remove("web2.yaml")
+	n.WaitPod("web", "the copy takes over", 30*second, func(p *v1.Pod) bool { return p.UID != was.UID && node.Running(p) })
+	if out := n.OK("status"); strings.Contains(out, "in force") {
+		t.Errorf("podd status:\n%s", out)
 	}
 }

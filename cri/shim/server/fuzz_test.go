@@ -70,7 +70,7 @@ func FuzzLines(f *testing.F) {
 		var fmtr formatter
 		var rest []byte
 		for left := data; ; {
-			n := min(int(step)+1, len(left))
+			n := min(int(step)+1+len(data)/256, len(left)) // a few hundred pieces
 			fmtr.begin(&log, at, "stdout")
 			open := fmtr.lines(rest, left[:n], n == len(left))
 			rest = append(append([]byte{}, open[0]...), open[1]...)
