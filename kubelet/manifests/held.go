@@ -75,6 +75,15 @@ func (h *held) precedence(ref ObjectRef) func(a, b claim) int {
 	}
 }
 
+// news is 0 for a document that is in force as it is, or was when podd ran last;
+// 1 for others.
+func (h *held) news(c claim) int {
+	if h.have[c.obj.ref()].hash == c.obj.hash {
+		return 0
+	}
+	return 1
+}
+
 // takesOver says whether the object was in force from another file.
 func (s *Source) takesOver(c claim) bool {
 	h, had := s.held.have[c.obj.ref()]

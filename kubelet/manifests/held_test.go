@@ -161,6 +161,28 @@ func TestManifestInForceStaysAcrossRestarts(t *testing.T) {
 	stop()
 }
 
+// Of two pods with one UID the one in force stays, across restarts, too.
+func TestPodInForceKeepsItsUIDAcrossRestarts(t *testing.T) {
+	dir, state := t.TempDir(), t.TempDir()
+	y := func(name string) string {
+		return strings.Replace(podYAML(name, "i"), "metadata:\n", "metadata:\n  uid: fixed\n", 1)
+	}
+	s, tab, _, stop := startState(t, dir, state)
+	write(t, filepath.Join(dir, "m.yaml"), y("m"))
+	tab.wait(t, "first", tab.has("set default/m-node1 i"))
+	write(t, filepath.Join(dir, "a.yaml"), y("a"))
+	tab.wait(t, "the other is told", func() bool { return len(s.Problems()) == 1 })
+	stop()
+	for range 2 {
+		s, tab, _, stop = startState(t, dir, state)
+		tab.wait(t, "synced", func() bool { return tab.synced == 1 })
+		if tab.count("set") != 1 || !tab.has("set default/m-node1 i")() || len(s.Problems()) != 1 {
+			t.Errorf("log %q, problems %v", tab.log, s.Problems())
+		}
+		stop()
+	}
+}
+
 // The same for everything else that a document can define.
 func TestCopyOfAnObjectDoesNotTakeOver(t *testing.T) {
 	for _, kind := range []string{"ConfigMap", "Secret", "PersistentVolume", "PersistentVolumeClaim"} {

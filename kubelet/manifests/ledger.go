@@ -1,6 +1,7 @@
 package manifests
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -92,6 +93,8 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 	for _, c := range objectsCome {
 		s.putObject(c, now)
 	}
+	// Those that are in force already keep their UIDs, which others may want.
+	slices.SortStableFunc(podsCome, func(a, b claim) int { return cmp.Compare(s.held.news(a), s.held.news(b)) })
 	for _, c := range podsCome {
 		s.putPod(c, now)
 	}
@@ -112,6 +115,7 @@ func (s *Source) settleClaims(affected map[ObjectRef]struct{}, now time.Time) {
 		} else if s.uids[all[0].obj.pod.UID] == (ObjectRef{}) {
 			s.setConflicts(ref, nil, now)
 			s.putPod(all[0], now)
+			s.hold(ref)
 			s.warn(ref, now)
 		}
 	}
