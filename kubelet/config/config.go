@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -140,12 +141,28 @@ func (l *loader) readDir(dir string) error {
 	})
 }
 
+// maxFile of a configuration, in bytes: a hundred times one that sets everything.
+const maxFile = 1 << 20
+
+func read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(data) > maxFile {
+		err = fmt.Errorf("%s: is larger than %d MiB, which no configuration is: %w", path, maxFile>>20, errdefs.ErrInvalidArgument)
+	}
+	return data, err
+}
+
 func (l *loader) readFile(path string) error {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return err
 	}
-	data, err := os.ReadFile(path)
+	data, err := read(path)
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -285,5 +286,23 @@ func TestErrorOfAFileIsOneLineAProblem(t *testing.T) {
 	}
 	if lines := strings.Split(err.Error(), "\n"); len(lines) != 2 || !strings.Contains(lines[0], "evictionHrd") || !strings.Contains(lines[1], "maxPodz") {
 		t.Errorf("error\n%v", err)
+	}
+}
+
+// A file that is no configuration ends the start with a word, not with the
+// node's memory.
+func TestConfigurationIsBounded(t *testing.T) {
+	bomb := "a0: &a0 [lol, lol]\n"
+	for i := 1; i < 40; i++ {
+		bomb += fmt.Sprintf("a%d: &a%d [*a%d, *a%d]\n", i, i, i-1, i-1)
+	}
+	path := filepath.Join(t.TempDir(), "bomb.yaml")
+	if err := os.WriteFile(path, []byte(bomb), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for file, want := range map[string]string{"/dev/zero": "larger than 1 MiB", path: "larger than 10 MiB"} {
+		if _, err := load(t, "--config", file); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", file, err)
+		}
 	}
 }
