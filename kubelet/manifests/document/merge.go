@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	yamlv2 "go.yaml.in/yaml/v2"
 	yamlv3 "go.yaml.in/yaml/v3"
 )
 
@@ -35,8 +36,14 @@ func (doc Document) plain() ([]byte, []Problem) {
 		return doc.Text, nil
 	}
 	var root yamlv3.Node
-	if err := yamlv3.Unmarshal(doc.Text, &root); err != nil {
-		return nil, yamlProblems(doc, err)
+	if yamlv3.Unmarshal(doc.Text, &root) != nil {
+		// The other decoder takes some that this one does not. It bounds how many
+		// values aliases make, but not how long they are.
+		var value any
+		if left := maxExpanded; yamlv2.Unmarshal(doc.Text, &value) == nil && !fits(value, &left) {
+			return nil, []Problem{tooLarge(doc)}
+		}
+		return doc.Text, nil
 	}
 	x := expander{doc: doc}
 	if refused := bounded(&root, len(doc.Text)); refused != nil {
@@ -58,9 +65,36 @@ func bounded(root *yamlv3.Node, text int) *Problem {
 	case w.cyclic:
 		return &Problem{Message: "an anchor contains itself", Remedy: "remove the alias"}
 	case size-len(w.sizes)*nodeWeight-text > maxExpanded:
-		return &Problem{Message: fmt.Sprintf("its aliases make it larger than %d MiB", maxExpanded>>20), Remedy: "write out less of it, or split it"}
+		large := tooLarge(Document{})
+		return &large
 	}
 	return nil
+}
+
+func tooLarge(doc Document) Problem {
+	return Problem{Line: doc.Line, Message: fmt.Sprintf("its aliases make it larger than %d MiB", maxExpanded>>20), Remedy: "write out less of it, or split it"}
+}
+
+// fits says whether a decoded value takes no more than what is left.
+func fits(value any, left *int) bool {
+	*left -= nodeWeight
+	switch v := value.(type) {
+	case string:
+		*left -= len(v)
+	case []any:
+		for _, one := range v {
+			if !fits(one, left) {
+				return false
+			}
+		}
+	case map[any]any:
+		for key, one := range v {
+			if !fits(key, left) || !fits(one, left) {
+				return false
+			}
+		}
+	}
+	return *left > 0
 }
 
 // weights are the sizes of nodes when they are written out.

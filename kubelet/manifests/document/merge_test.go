@@ -117,3 +117,18 @@ func TestAliasBombsAreRefused(t *testing.T) {
 		})
 	}
 }
+
+// What only one of the decoders takes is measured when it is decoded.
+func TestDecodedValuesAreMeasured(t *testing.T) {
+	long := strings.Repeat("x", 1<<20)
+	for n, want := range map[int]bool{1: true, 9: true, 11: false} {
+		list := []any{map[any]any{"k": 1, true: nil}}
+		for range n {
+			list = append(list, long)
+		}
+		left := maxExpanded
+		if got := fits(map[any]any{"a": list}, &left); got != want {
+			t.Errorf("%d MiB: %v, want %v", n, got, want)
+		}
+	}
+}
