@@ -57,7 +57,8 @@ func serve(t *testing.T) *fixture {
 		NodeName: "node1", Version: "v0-test", Pods: f.pods, Events: f.events, Objects: f.objects,
 		Containers: f.containers, Images: f.images, Shutdown: func() { close(f.down) },
 		Problems: func() []manifests.Problem {
-			return []manifests.Problem{{File: "a.yaml", Document: 2, Line: 7, Field: "spec", Message: "is wrong", Kept: true}}
+			return []manifests.Problem{{File: "a.yaml", Document: 2, Line: 7, Field: "spec", Message: "is wrong", Kept: true},
+				{File: "b.yaml", Line: 9, Field: "spec.x", Message: "is odd", Object: "Pod default/web", Warning: true}}
 		},
 	})
 	ctx, cancel := context.WithCancel(context.Background())
@@ -459,7 +460,7 @@ func TestOwn(t *testing.T) {
 	}
 	var probs api.Problems
 	f.get(t, "/podd/v1/problems", &probs)
-	if len(probs.Items) != 1 || probs.Items[0].Line != 7 || !probs.Items[0].Kept {
+	if len(probs.Items) != 2 || !probs.Items[1].Warning || probs.Items[0].Line != 7 || !probs.Items[0].Kept {
 		t.Errorf("problems: %+v", probs)
 	}
 
