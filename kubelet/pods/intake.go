@@ -23,7 +23,10 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.delete(l, source, pod)
 		return
 	}
-	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() || qos.ComputePodQOS(l.d.Pod) != qos.ComputePodQOS(pod) {
+	if l != nil && l.d.Pod.UID == pod.UID {
+		w.takeBack(l)
+	}
+	if l == nil || l.d.Pod.UID != pod.UID || l.leaving() || !l.bare && qos.ComputePodQOS(l.d.Pod) != qos.ComputePodQOS(pod) {
 		// Another pod, or the same one after it was told to go, or in another
 		// place of the cgroup tree: when all before it is gone.
 		w.next = &pending{source: source, pod: pod}
@@ -39,6 +42,9 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		l.heard = &pending{source: source, pod: pod}
 		return
 	}
+	if l.bare {
+		w.recognize(l, pod)
+	}
 	was := l.d.Pod
 	// Its resources are what it has been allocated, until the node has agreed
 	// to others.
@@ -53,9 +59,6 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.change(l, pod)
 	}
 	l.lenient = false
-	if l.bare {
-		w.fill(l)
-	}
 	if !maps.Equal(was.Labels, pod.Labels) || !maps.Equal(was.Annotations, pod.Annotations) {
 		w.refreshVolumes(l) // of the downward API
 	}
@@ -63,6 +66,18 @@ func (w *worker) set(source string, pod *v1.Pod) {
 	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() {
 		w.finish(l, &pod.Status)
 	}
+}
+
+// takeBack the order to go, when an apiserver has the pod after all: it was
+// restored from a backup, or its list came from a cache that was behind. One that
+// is over by now goes, and comes back as one that is over.
+func (w *worker) takeBack(l *life) {
+	if !l.leaving() || !fromAPI(l.d.Pod) || l.final() || w.t.held.Load() {
+		return
+	}
+	w.log.Info("pod is there again before it was gone", "uid", l.d.Pod.UID)
+	l.d.Stop = nil
+	w.revive(l)
 }
 
 // final says that nothing of the pod is started any more: an apiserver's pods
@@ -79,10 +94,31 @@ func (w *worker) finish(l *life, st *v1.PodStatus) {
 	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: st.Reason, Message: st.Message, Failed: true})
 }
 
+// recognize a pod that is known by what the runtime says alone: it is what its
+// source says, but for containers of another image. All else of what the runtime
+// tells is no spec to compare with.
+func (w *worker) recognize(l *life, pod *v1.Pod) {
+	l.bare = false
+	for i := range l.o.Containers {
+		name := l.o.Containers[i].Name
+		was, is := spec.Container(l.d.Pod, name), spec.Container(pod, name)
+		if was == nil || is == nil || was.Image == "" || was.Image == is.Image {
+			continue
+		}
+		made := *is
+		made.Image = was.Image
+		l.applied[name] = &made
+		if n := l.o.newest(name); !fromAPI(pod) || n.State != status.Exited {
+			l.o.Changed[name] = true
+		}
+	}
+	l.d.Pod = pod
+	w.fill(l)
+}
+
 // fill in what only the source's spec tells of containers without a record:
 // their postStart hooks may not have been run.
 func (w *worker) fill(l *life) {
-	l.bare = false
 	for i := range l.o.Containers {
 		c := &l.o.Containers[i]
 		if cs := spec.Container(l.d.Pod, c.Name); cs != nil && c.State == status.Running && hasPostStart(cs) {
@@ -172,6 +208,9 @@ func (w *worker) forget(l *life) {
 	w.t.records.save(pod.UID, nil)
 	w.lives = w.lives[1:]
 	w.before = former{uid: pod.UID, attempts: l.attempts}
+	if l.final() {
+		w.before.over = l.status
+	}
 	if have := w.published.Load(); have != nil && have.UID == pod.UID {
 		w.t.gone(w, have)
 	}

@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -71,13 +72,25 @@ func (t *Table) recover(ctx context.Context) error {
 	}
 	for _, w := range t.index.workers {
 		// What is to be gone goes first; of the rest the one begun last stays.
-		slices.SortStableFunc(w.lives, func(a, b *life) int { return a.o.Started.Compare(b.o.Started) })
+		// Clocks are set back, so that a start alone tells little.
+		slices.SortStableFunc(w.lives, func(a, b *life) int {
+			return cmp.Or(-cmp.Compare(truth(a.leaving()), truth(b.leaving())), a.o.Started.Compare(b.o.Started))
+		})
 		for _, l := range w.lives[:len(w.lives)-1] {
 			l.d.Held = false
-			l.d.Stop = &Stop{Since: time.Now(), Grace: podGrace(l.d.Pod), Forget: true}
+			if !l.leaving() {
+				l.d.Stop = &Stop{Since: time.Now(), Grace: podGrace(l.d.Pod), Forget: true}
+			}
 		}
 	}
 	return nil
+}
+
+func truth(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // list all that the runtime has, as long as it takes: without it nothing that

@@ -140,7 +140,7 @@ func (t *Table) Run(ctx context.Context) error {
 	// What ran before is listed from the start, as it was last: an empty list
 	// would be taken for an empty node. No worker runs yet.
 	for _, w := range t.all() {
-		w.publish(w.lives[len(w.lives)-1])
+		w.publish(w.lives[0]) // of two of a name the one that goes first, as ever
 	}
 	var parts sync.WaitGroup
 	parts.Go(func() { t.records.run(ctx) })

@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // worker drives what stands under one namespace and name: a pod, and those
@@ -49,6 +50,7 @@ type worker struct {
 type former struct {
 	uid      types.UID
 	attempts map[string]int32 // the next ones, by container
+	over     v1.PodStatus     // of an apiserver's pod that was over; or zero
 }
 
 // pending is a pod that waits for its turn.
@@ -161,8 +163,11 @@ func (w *worker) begin() bool {
 	}
 	n := w.next
 	w.next = nil
+	if w.before.uid == n.pod.UID && status.Over(w.before.over.Phase) {
+		n.pod = withStatus(n.pod, &w.before.over) // its source may not remember that
+	}
 	l := newLife(n.source, n.pod)
-	if w.before.uid == n.pod.UID { // a static pod that was taken away and put back
+	if w.before.uid == n.pod.UID { // it was taken away and put back
 		maps.Copy(l.attempts, w.before.attempts)
 	}
 	w.before = former{}
@@ -177,6 +182,12 @@ func (w *worker) begin() bool {
 	}
 	w.admit(l)
 	return true
+}
+
+func withStatus(pod *v1.Pod, st *v1.PodStatus) *v1.Pod {
+	out := *pod
+	out.Status = *st
+	return &out
 }
 
 func (w *worker) alarm(at time.Time) {
