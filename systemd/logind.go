@@ -43,16 +43,28 @@ func (l *Logind) manager() dbus.BusObject { return l.conn.Object(logindName, log
 
 // DelayMax is the longest that logind waits (InhibitDelayMaxSec=).
 func (l *Logind) DelayMax(ctx context.Context) (time.Duration, error) {
+	usec, err := property[uint64](ctx, l, "InhibitDelayMaxUSec")
+	return time.Duration(usec) * time.Microsecond, err
+}
+
+// Preparing says whether the machine is about to go down now: a signal that was
+// sent while nobody listened is not sent again.
+func (l *Logind) Preparing(ctx context.Context) (bool, error) {
+	return property[bool](ctx, l, "PreparingForShutdown")
+}
+
+// property of logind's manager.
+func property[T any](ctx context.Context, l *Logind, name string) (value T, err error) {
 	var v dbus.Variant
-	call := l.manager().CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, logindManager, "InhibitDelayMaxUSec")
+	call := l.manager().CallWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, logindManager, name)
 	if err := call.Store(&v); err != nil {
-		return 0, fmt.Errorf("ask logind for InhibitDelayMaxUSec: %w", err)
+		return value, fmt.Errorf("ask logind for %s: %w", name, err)
 	}
-	usec, ok := v.Value().(uint64)
+	value, ok := v.Value().(T)
 	if !ok {
-		return 0, fmt.Errorf("logind's InhibitDelayMaxUSec is a %T: %w", v.Value(), errdefs.ErrInternal)
+		return value, fmt.Errorf("logind's %s is a %T: %w", name, v.Value(), errdefs.ErrInternal)
 	}
-	return time.Duration(usec) * time.Microsecond, nil
+	return value, nil
 }
 
 // SetDelayMax has logind wait that long at most, by a drop-in of its
@@ -102,7 +114,8 @@ func (l *Logind) isLogind(ctx context.Context, sender string) bool {
 }
 
 // Shutdowns tells true when the machine is about to go down and false when that
-// was called off. The channel closes when the connection or ctx ends.
+// was called off, of changes that nobody has taken yet the last one alone. The
+// channel closes when the connection or ctx ends.
 func (l *Logind) Shutdowns(ctx context.Context) (<-chan bool, error) {
 	const member = "PrepareForShutdown"
 	match := []dbus.MatchOption{dbus.WithMatchSender(logindName), dbus.WithMatchInterface(logindManager), dbus.WithMatchMember(member), dbus.WithMatchObjectPath(logindPath)}
@@ -115,6 +128,8 @@ func (l *Logind) Shutdowns(ctx context.Context) (<-chan bool, error) {
 	go func() {
 		defer close(out)
 		defer l.conn.RemoveSignal(signals)
+		var news chan<- bool // out while there is something to tell
+		var last bool
 		for {
 			select {
 			case s, ok := <-signals:
@@ -122,14 +137,11 @@ func (l *Logind) Shutdowns(ctx context.Context) (<-chan bool, error) {
 					return
 				}
 				var down bool
-				if s.Name != logindManager+"."+member || dbus.Store(s.Body, &down) != nil || !l.isLogind(ctx, s.Sender) {
-					continue
+				if s.Name == logindManager+"."+member && dbus.Store(s.Body, &down) == nil && l.isLogind(ctx, s.Sender) {
+					news, last = out, down
 				}
-				select {
-				case out <- down:
-				case <-ctx.Done():
-					return
-				}
+			case news <- last:
+				news = nil
 			case <-l.conn.Context().Done():
 				return
 			case <-ctx.Done():

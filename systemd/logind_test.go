@@ -112,7 +112,7 @@ func newLogind(t *testing.T, dropIns string) *logind {
 	}
 	check(conn.Export(l, logindPath, logindManager))
 	check(conn.Export(l, "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"))
-	l.props, err = prop.Export(conn, logindPath, prop.Map{logindManager: {"InhibitDelayMaxUSec": {Value: uint64(5_000_000)}}})
+	l.props, err = prop.Export(conn, logindPath, prop.Map{logindManager: {"InhibitDelayMaxUSec": {Value: uint64(5_000_000)}, "PreparingForShutdown": {Value: false}}})
 	check(err)
 	for _, name := range []string{logindName, "org.freedesktop.systemd1"} {
 		_, err := conn.RequestName(name, dbus.NameFlagDoNotQueue)
@@ -144,6 +144,12 @@ func TestLogind(t *testing.T) {
 		t.Fatalf("DelayMax afterwards: %s, %v", d, err)
 	}
 
+	for _, want := range []bool{false, true} {
+		fake.props.SetMust(logindManager, "PreparingForShutdown", want)
+		if got, err := l.Preparing(ctx); err != nil || got != want {
+			t.Fatalf("Preparing: %v, %v", got, err)
+		}
+	}
 	shutdowns, err := l.Shutdowns(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -186,6 +192,19 @@ func TestLogind(t *testing.T) {
 			}
 		case <-ctx.Done():
 			t.Fatal("not told")
+		}
+	}
+	// What nobody takes in time is told as it is in the end.
+	fake.prepare(true)
+	fake.prepare(false)
+	if err := l.conn.BusObject().Call("org.freedesktop.DBus.GetId", 0).Err; err != nil { // both have come
+		t.Fatal(err)
+	}
+	for got := true; got; {
+		select {
+		case got = <-shutdowns:
+		case <-ctx.Done():
+			t.Fatal("not told that the shutdown was called off")
 		}
 	}
 	// The lock ends with its descriptor: the other end reads end of file.

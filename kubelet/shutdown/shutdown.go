@@ -34,6 +34,8 @@ type Machine interface {
 	SetDelayMax(context.Context, time.Duration) error
 	// Delay holds a shutdown up until the lock is closed.
 	Delay(ctx context.Context, why string) (io.Closer, error)
+	// Preparing says whether the machine is about to go down now.
+	Preparing(context.Context) (bool, error)
 	// Shutdowns tells true when the machine is about to go down and false when
 	// that was called off; it closes when the connection is lost.
 	Shutdowns(context.Context) (<-chan bool, error)
@@ -56,7 +58,8 @@ const (
 	reconnect = time.Second
 	// reconnectMax where nothing answers: a host without D-Bus is no fault.
 	reconnectMax = 5 * time.Minute
-	// settle is how long logind may take to heed its new configuration.
+	// settle is how long logind may take to answer, and to heed its new
+	// configuration. One that hangs is asked again on another connection.
 	settle = 10 * time.Second
 	// slack is what the end of a step takes beyond the grace of its pods.
 	slack = time.Second
@@ -66,9 +69,10 @@ const (
 // returns when ctx ends.
 func Run(ctx context.Context, cfg Config) error {
 	pause, told := reconnect, false
+	f := &follower{Config: cfg}
 	for ctx.Err() == nil {
 		begin := time.Now()
-		err := follow(ctx, cfg)
+		err := f.follow(ctx)
 		if ctx.Err() != nil {
 			break
 		}
@@ -90,52 +94,92 @@ func Run(ctx context.Context, cfg Config) error {
 
 var errLost = errors.New("connection lost")
 
+// follower of the machine, over any number of connections.
+type follower struct {
+	Config
+	held bool      // pods are kept from beginning, as far as we have told
+	lock io.Closer // that holds a shutdown up; nil: none
+}
+
 // follow one connection until it is lost.
-func follow(ctx context.Context, cfg Config) error {
-	m, err := cfg.Connect(ctx)
+func (f *follower) follow(ctx context.Context) error {
+	m, err := f.Connect(ctx)
 	if err != nil {
 		return err
 	}
 	defer m.Close()
-	if err := raise(ctx, cfg, m); err != nil {
+	defer f.unlock()
+	if err := raise(ctx, f.Config, m); err != nil {
 		// What there is of time is used.
-		cfg.Log.Warn("a shutdown will not wait for pods as long as configured", "error", err)
+		f.Log.Warn("a shutdown will not wait for pods as long as configured", "error", err)
 	}
-	// First to listen, then the lock: with it no shutdown passes unseen.
+	// First to listen, then to look, then the lock: a shutdown that begins, or is
+	// called off, is seen by one of them. logind grants no lock during a shutdown.
 	shutdowns, err := m.Shutdowns(ctx)
 	if err != nil {
 		return err
 	}
-	lock, err := m.Delay(ctx, "Pods need to be shut down first")
+	down, err := preparing(ctx, m)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if lock != nil {
-			lock.Close()
-		}
-	}()
-	cfg.Log.Info("shutdowns wait for pods", "most", Total(cfg.Steps))
+	if down || f.held {
+		err = f.turn(ctx, m, down)
+	} else {
+		err = f.delay(ctx, m)
+	}
+	if err != nil {
+		return err
+	}
+	f.Log.Info("shutdowns wait for pods", "most", Total(f.Steps))
 	for down := range shutdowns {
-		if !down {
-			cfg.Event("NodeShutdown", "Shutdown manager detected shutdown cancellation")
-			cfg.Log.Info("shutdown called off, pods begin again")
-			if lock == nil {
-				if lock, err = m.Delay(ctx, "Pods need to be shut down first"); err != nil {
-					return err
-				}
-			}
-			cfg.Pods.Hold(false)
-			continue
-		}
-		cfg.Event("NodeShutdown", "Shutdown manager detected shutdown event")
-		Down(ctx, cfg)
-		if lock != nil {
-			lock.Close()
-			lock = nil
+		if err := f.turn(ctx, m, down); err != nil {
+			return err
 		}
 	}
 	return errLost
+}
+
+// turn to a shutdown that begins or, with down false, is called off: then pods
+// begin again, whatever comes of the lock.
+func (f *follower) turn(ctx context.Context, m Machine, down bool) error {
+	if !down {
+		f.Event("NodeShutdown", "Shutdown manager detected shutdown cancellation")
+		f.Log.Info("shutdown called off, pods begin again")
+		f.Pods.Hold(false)
+		f.held = false
+		return f.delay(ctx, m)
+	}
+	f.Event("NodeShutdown", "Shutdown manager detected shutdown event")
+	f.held = true
+	Down(ctx, f.Config)
+	f.unlock()
+	return nil
+}
+
+// preparing is what the machine is about to do.
+func preparing(ctx context.Context, m Machine) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, settle)
+	defer cancel()
+	return m.Preparing(ctx)
+}
+
+// delay a shutdown that may come.
+func (f *follower) delay(ctx context.Context, m Machine) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, settle)
+	defer cancel()
+	if f.lock == nil {
+		f.lock, err = m.Delay(ctx, "Pods need to be shut down first")
+	}
+	return err
+}
+
+// unlock lets the shutdown go on.
+func (f *follower) unlock() {
+	if f.lock != nil {
+		f.lock.Close()
+		f.lock = nil
+	}
 }
 
 // raise how long the machine waits to what the steps need.

@@ -2,6 +2,7 @@ package shutdown
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -118,6 +120,9 @@ type machine struct {
 	n         *node
 	delay     time.Duration
 	shutdowns chan bool
+	// preparing is what it says when asked; noLock: it grants none.
+	preparing, noLock bool
+	mute              error // it does not say
 }
 
 type lock struct{ n *node }
@@ -131,9 +136,13 @@ func (m *machine) SetDelayMax(_ context.Context, d time.Duration) error {
 	return nil
 }
 func (m *machine) Delay(context.Context, string) (io.Closer, error) {
+	if m.preparing || m.noLock {
+		return nil, errors.New("the operation inhibition has been requested for is already running")
+	}
 	m.n.say("locked")
 	return lock{m.n}, nil
 }
+func (m *machine) Preparing(context.Context) (bool, error)        { return m.preparing, m.mute }
 func (m *machine) Shutdowns(context.Context) (<-chan bool, error) { return m.shutdowns, nil }
 func (m *machine) Close() error                                   { m.n.say("closed"); return nil }
 
@@ -166,10 +175,74 @@ func TestShutdownIsHeldUp(t *testing.T) {
 	want := []string{
 		"delay 32s", "locked",
 		"NodeShutdown", "hold true", "end web 5s Terminated", "released",
-		"NodeShutdown", "locked", "hold false", "released", "closed",
+		"NodeShutdown", "hold false", "locked", "released", "closed",
 		"locked", "released", "closed",
 	}
 	if !slices.Equal(n.said, want) {
 		t.Errorf("%q\nwant %q", n.said, want)
+	}
+}
+
+// A shutdown that is called off while nobody listens, or that begins then, is
+// seen on the next connection; what logind does not say changes nothing.
+func TestWhatHappensBetweenConnectionsIsSeen(t *testing.T) {
+	lost := func(m *machine, told ...bool) *machine {
+		m.shutdowns = make(chan bool, len(told))
+		for _, d := range told {
+			m.shutdowns <- d
+		}
+		close(m.shutdowns)
+		return m
+	}
+	begun := []string{"NodeShutdown", "hold true", "end web 5s Terminated"}
+	for name, tc := range map[string]struct {
+		connections []*machine
+		want        []string
+	}{
+		"called off while away": {
+			[]*machine{lost(&machine{}, true), lost(&machine{})},
+			append(append([]string{"locked"}, begun...), "released", "closed", "NodeShutdown", "hold false", "locked", "released", "closed"),
+		},
+		"called off, and no lock is granted": {
+			[]*machine{lost(&machine{}, true), lost(&machine{noLock: true})},
+			append(append([]string{"locked"}, begun...), "released", "closed", "NodeShutdown", "hold false", "closed"),
+		},
+		"going on": {
+			[]*machine{lost(&machine{}, true), lost(&machine{preparing: true})},
+			append(append(append([]string{"locked"}, begun...), "released", "closed"), append(begun, "closed")...),
+		},
+		"begun while away": {
+			[]*machine{lost(&machine{}), lost(&machine{preparing: true})},
+			append(append([]string{"locked", "released", "closed"}, begun...), "closed"),
+		},
+		"logind does not say": {
+			[]*machine{lost(&machine{}, true), lost(&machine{mute: errors.New("no reply")}), lost(&machine{})},
+			append(append([]string{"locked"}, begun...), "released", "closed", "closed", "NodeShutdown", "hold false", "locked", "released", "closed"),
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := &node{list: []*v1.Pod{pod("web", grace(5))}}
+				ctx, cancel := context.WithCancel(t.Context())
+				left := tc.connections
+				err := Run(ctx, Config{
+					Steps: Steps(30*time.Second, 10*time.Second, nil), Pods: n, Log: slog.New(slog.DiscardHandler),
+					Event: func(reason, message string) { n.say("%s", reason) },
+					Connect: func(context.Context) (Machine, error) {
+						if len(left) == 0 {
+							cancel()
+							return nil, errors.New("the test ends")
+						}
+						m := left[0]
+						left = left[1:]
+						m.n, m.delay = n, time.Hour
+						return m, nil
+					},
+				})
+				if err != nil || !slices.Equal(n.said, tc.want) {
+					t.Errorf("%v\n%q\nwant %q", err, n.said, tc.want)
+				}
+			})
+		})
 	}
 }
