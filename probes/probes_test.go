@@ -448,3 +448,28 @@ func BenchmarkThousandProbes(b *testing.B) {
 		b.ReportMetric(float64((cpu() - before).Milliseconds()), "cpu-ms/s")
 	}
 }
+
+// A clock that is set, back or forth, after a container has started stops no
+// probe of it or of any other, and makes none come later than its delay.
+func TestClockThatIsSetStopsNoProbe(t *testing.T) {
+	for _, by := range []time.Duration{-24 * time.Hour, -time.Second, time.Second, 24 * time.Hour} {
+		bubble(t, func(context.Context, string, string) (int32, error) { return 0, nil }, func(t *testing.T, s *Scheduler, k *sink, _ *fake) {
+			s.Add(Target{ID: "c", Container: &v1.Container{ReadinessProbe: execProbe("ready", 5, 3, 3)}, Started: time.Now().Add(-by).Round(0)})
+			s.Add(Target{ID: "d", Container: &v1.Container{ReadinessProbe: execProbe("ready", 5, 10, 3)}, Started: time.Now()})
+			time.Sleep(4 * time.Second)
+			synctest.Wait()
+			k.mu.Lock()
+			if len(k.results) != 1 {
+				t.Errorf("set by %s: %v", by, k.results)
+			}
+			k.mu.Unlock()
+			time.Sleep(8 * time.Second)
+			synctest.Wait()
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			if len(k.results) != 2 || k.results[1] != "d Readiness true at 10s" {
+				t.Errorf("set by %s: %v", by, k.results)
+			}
+		})
+	}
+}

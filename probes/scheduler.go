@@ -38,7 +38,7 @@ type entry struct {
 	t      *target
 	kind   Kind
 	spec   *v1.Probe
-	at     time.Time
+	at     time.Time // monotonic
 	index  int // in the heap; -1: not in it
 	run    run
 	gone   bool
@@ -128,10 +128,7 @@ func (s *Scheduler) steady(t *target) {
 
 func (s *Scheduler) add(t *target, kind Kind, spec *v1.Probe) {
 	now := time.Now()
-	e := &entry{t: t, kind: kind, spec: spec, at: t.Started.Add(time.Duration(spec.InitialDelaySeconds) * time.Second)}
-	if e.at.Before(now) {
-		e.at = now
-	}
+	e := &entry{t: t, kind: kind, spec: spec, at: first(now, t.Started, time.Duration(spec.InitialDelaySeconds)*time.Second)}
 	if t.Restored != nil {
 		// All containers of the node come back at once: the first probe
 		// within a second, the following ones spread over their period.
@@ -140,6 +137,13 @@ func (s *Scheduler) add(t *target, kind Kind, spec *v1.Probe) {
 	}
 	t.entries = append(t.entries, e)
 	heap.Push(&s.queue, e)
+}
+
+// first is when a container is first probed that started at a time by the wall
+// clock, which may have been set since: never later than its delay from now. All
+// times in the queue have now's monotonic reading, or they could not be compared.
+func first(now, started time.Time, delay time.Duration) time.Time {
+	return now.Add(min(max(delay-now.Sub(started), 0), delay))
 }
 
 func period(p *v1.Probe) time.Duration {
