@@ -45,11 +45,11 @@ func (w *worker) startContainer(l *life, a Action) {
 	s := &launch{w: w, l: l, pod: l.d.Pod, c: c, sandbox: *l.o.current(), image: l.o.Images[c.Name].Ref}
 	s.attempt = w.nextAttempt(l, c.Name)
 	s.target = targetOf(l, c.Name)
-	switch n, ended := l.o.newest(c.Name), l.o.Ended[c.Name]; {
+	switch n, at := l.o.newest(c.Name), l.o.Ended[c.Name]; {
 	case n != nil && n.State == status.Exited && l.o.Forced[c.Name] != n.ID:
-		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], n.FinishedAt, time.Now())
-	case n == nil && !ended.IsZero():
-		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], ended, time.Now())
+		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], ended(n), time.Now())
+	case n == nil && !at.IsZero():
+		l.o.Backoffs[c.Name] = w.t.cfg.Backoff.Next(l.o.Backoffs[c.Name], at, time.Now())
 	}
 	delete(l.o.Ended, c.Name)
 	w.async(l, a, 3*w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
@@ -306,7 +306,7 @@ func (w *worker) removeContainer(l *life, a Action) {
 	attempt := inst.Attempt
 	ran := inst.State != status.Created
 	if a.Keep && ran && status.RestartsAll(spec.Container(pod, a.Container), inst.ExitCode) {
-		l.o.Ended[a.Container] = inst.FinishedAt
+		l.o.Ended[a.Container] = ended(inst)
 	}
 	w.async(l, a, w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
 		_, err := w.t.deps.Runtime.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: a.ID})

@@ -47,6 +47,8 @@ type fakeRuntime struct {
 	// container says it uses.
 	updates []string
 	memory  uint64
+	// skew of the clock by which it tells when containers ended.
+	skew time.Duration
 }
 
 type fakeSandbox struct {
@@ -414,7 +416,7 @@ func (f *fakeRuntime) ContainerStatus(ctx context.Context, r *runtimeapi.Contain
 		st.StartedAt = c.start.UnixNano()
 	}
 	if c.state == runtimeapi.ContainerState_CONTAINER_EXITED {
-		st.FinishedAt, st.ExitCode, st.Reason = c.end.UnixNano(), c.code, c.reason
+		st.FinishedAt, st.ExitCode, st.Reason = c.end.Add(f.skew).UnixNano(), c.code, c.reason
 	}
 	return &runtimeapi.ContainerStatusResponse{Status: st}, nil
 }

@@ -155,7 +155,7 @@ func (l *life) seen(c *status.Container) {
 // started. Runtimes tell of a start that failed, but it was we who cut it off.
 func (l *life) unstarted(c *status.Container) {
 	if o := l.starts[c.ID]; o != nil && o.cancelled && c.State == status.Exited && c.StartedAt.IsZero() {
-		c.State, c.ExitCode, c.Reason, c.Message, c.FinishedAt = status.Created, 0, "", "", time.Time{}
+		c.State, c.ExitCode, c.Reason, c.Message, c.FinishedAt, c.EndedAt = status.Created, 0, "", "", time.Time{}, time.Time{}
 	}
 }
 

@@ -44,6 +44,7 @@ func (w *worker) instance(cs *runtimeapi.ContainerStatus, sandbox string) status
 	case runtimeapi.ContainerState_CONTAINER_EXITED:
 		c.State = status.Exited
 		c.ExitCode, c.Reason, c.FinishedAt = cs.ExitCode, exitReason(cs), time.Unix(0, cs.FinishedAt)
+		c.EndedAt = past(c.FinishedAt, time.Now())
 		c.Message = terminationMessage(cs)
 	default:
 		c.State = status.Unknown

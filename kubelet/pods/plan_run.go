@@ -406,11 +406,11 @@ func (p *planner) start(c *v1.Container, n *status.Container) {
 		return
 	}
 	if n != nil && n.State == status.Exited && p.o.Forced[c.Name] != n.ID && !p.o.Changed[c.Name] {
-		if p.backsOff(c, n.FinishedAt) {
+		if p.backsOff(c, ended(n)) {
 			return
 		}
 	}
-	if ended := p.o.Ended[c.Name]; n == nil && !ended.IsZero() && p.backsOff(c, ended) {
+	if at := p.o.Ended[c.Name]; n == nil && !at.IsZero() && p.backsOff(c, at) {
 		return
 	}
 	if !p.image(c) || p.o.Volumes != StepDone || p.o.Cgroup != StepDone {

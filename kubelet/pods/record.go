@@ -55,6 +55,21 @@ type record struct {
 	Starting []string `json:"starting,omitempty"`
 }
 
+// rebase the times that something is counted from on this process' clock.
+func (r *record) rebase(now time.Time) {
+	r.Started = past(r.Started, now)
+	if r.Stop != nil {
+		r.Stop.Since = past(r.Stop.Since, now)
+	}
+	for name, b := range r.Backoffs {
+		b.Updated = past(b.Updated, now)
+		r.Backoffs[name] = b
+	}
+	for name, at := range r.Ended {
+		r.Ended[name] = past(at, now)
+	}
+}
+
 // records writes records behind: the worker hands over a value, a writer puts
 // the last one of each pod to disk a moment later. There is no fsync: what a
 // power cut takes is what the runtime's state and the sources give again.

@@ -132,6 +132,7 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	if r == nil {
 		r = t.skeleton(uid, sandboxes[0], containers)
 	}
+	r.rebase(time.Now())
 	key := types.NamespacedName{Namespace: r.Pod.Namespace, Name: r.Pod.Name}
 	w := t.index.workers[key]
 	if w == nil {

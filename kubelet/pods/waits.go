@@ -70,7 +70,7 @@ func (l *life) waiting(pol Policy, now time.Time) Waits {
 		c := &l.o.Containers[i]
 		if l.o.newest(c.Name) == c && c.State == status.Exited && l.d.Stop == nil && !l.o.Completed {
 			if s := spec.Container(l.d.Pod, c.Name); s != nil && p.wanted(s, c) {
-				next(c.Name, pol.Backoff.Until(l.o.Backoffs[c.Name], c.FinishedAt))
+				next(c.Name, pol.Backoff.Until(l.o.Backoffs[c.Name], ended(c)))
 			}
 		}
 		if k, ok := l.o.Kills[c.ID]; ok && c.Alive() {

@@ -33,6 +33,8 @@ type Container struct {
 	State   State
 
 	CreatedAt, StartedAt, FinishedAt time.Time
+	// EndedAt is FinishedAt by the agent's own clock; zero: not taken.
+	EndedAt time.Time
 
 	ExitCode int32
 	Reason   string // Completed, Error, OOMKilled, StartError, …
