@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"time"
 
+	certificatesv1 "k8s.io/api/certificates/v1"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -217,5 +218,42 @@ func (c *Connection) Run(ctx context.Context, by Signer) error {
 		<-ctx.Done()
 		return nil
 	}
-	return c.pair.Run(ctx, by)
+	return c.pair.Run(ctx, &rejoining{c.pair, by, c.joiner})
+}
+
+// rejoining signs as the node or, when its certificate has ended, because the
+// machine was suspended or its clock was wrong, as one that joins.
+type rejoining struct {
+	pair *Pair
+	node Signer
+	join func() (Signer, error)
+}
+
+// Certificate implements Signer.
+func (r *rejoining) Certificate(ctx context.Context, signer string, csr []byte, usages []certificatesv1.KeyUsage) ([]byte, error) {
+	by := r.node
+	if r.pair.Current() == nil {
+		var err error
+		if by, err = r.join(); err != nil {
+			return nil, fmt.Errorf("the node's certificate has ended, see that its clock is right: %w", err)
+		}
+	}
+	return by.Certificate(ctx, signer, csr, usages)
+}
+
+// joiner signs for who has the bootstrap token. Its file is read each time: one
+// with a new token is all that it takes.
+func (c *Connection) joiner() (Signer, error) {
+	if c.cfg.Bootstrap == "" {
+		return nil, errors.New("it can join again with --bootstrap-kubeconfig")
+	}
+	given, err := clientcmd.BuildConfigFromFlags("", c.cfg.Bootstrap)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig (--bootstrap-kubeconfig): %w", err)
+	}
+	client, err := apiserver.NewClient(given)
+	if err != nil {
+		return nil, fmt.Errorf("kubeconfig (--bootstrap-kubeconfig): %w", err)
+	}
+	return client, nil
 }

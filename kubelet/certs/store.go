@@ -47,6 +47,7 @@ type Pair struct {
 	names       []string
 	ips         []net.IP
 	log         *slog.Logger
+	now         func() time.Time // the wall clock
 
 	mu      sync.Mutex
 	current *tls.Certificate
@@ -57,7 +58,7 @@ type Pair struct {
 func NewClient(dir, node string, log *slog.Logger) (*Pair, error) {
 	p := &Pair{
 		dir: dir, prefix: "kubelet-client", signer: certificatesv1.KubeAPIServerClientKubeletSignerName,
-		usage: certificatesv1.UsageClientAuth, log: log, subject: nodeName(node),
+		usage: certificatesv1.UsageClientAuth, log: log, now: time.Now, subject: nodeName(node),
 	}
 	return p, p.load()
 }
@@ -66,7 +67,7 @@ func NewClient(dir, node string, log *slog.Logger) (*Pair, error) {
 func NewServing(dir, node string, names []string, ips []net.IP, log *slog.Logger) (*Pair, error) {
 	p := &Pair{
 		dir: dir, prefix: "kubelet-server", signer: certificatesv1.KubeletServingSignerName,
-		usage: certificatesv1.UsageServerAuth, log: log, subject: nodeName(node), names: names, ips: ips,
+		usage: certificatesv1.UsageServerAuth, log: log, now: time.Now, subject: nodeName(node), names: names, ips: ips,
 	}
 	return p, p.load()
 }
@@ -104,7 +105,7 @@ func (p *Pair) Adopt(cert, key []byte) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.current == nil || time.Now().After(p.current.Leaf.NotAfter) {
+	if p.current == nil || p.now().After(p.current.Leaf.NotAfter) {
 		p.current = c
 	}
 	return nil
@@ -127,7 +128,7 @@ func parse(cert, key []byte) (*tls.Certificate, error) {
 func (p *Pair) Current() *tls.Certificate {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.current == nil || time.Now().After(p.current.Leaf.NotAfter) {
+	if p.current == nil || p.now().After(p.current.Leaf.NotAfter) {
 		return nil
 	}
 	return p.current
@@ -154,7 +155,7 @@ func (p *Pair) OnNew(f func()) {
 // minutes, and one that lives for minutes would be renewed at once.
 func renewal(c *x509.Certificate, signed time.Time, part float64) time.Time {
 	from := c.NotBefore
-	if signed.After(from) {
+	if signed.After(from) && signed.Before(c.NotAfter) { // else our clock was wrong
 		from = signed
 	}
 	return from.Add(time.Duration(float64(c.NotAfter.Sub(from)) * (0.7 + 0.2*part)))
@@ -167,7 +168,7 @@ func (p *Pair) Run(ctx context.Context, by Signer) error {
 		if c := p.Current(); c != nil && failures == 0 {
 			at := renewal(c.Leaf, signed, mathrand.Float64())
 			p.log.Info("certificate will be renewed", "file", p.prefix, "at", at, "ends", c.Leaf.NotAfter)
-			if !sleep(ctx, time.Until(at)) {
+			if !p.await(ctx, at, c.Leaf) {
 				return nil
 			}
 		}
@@ -181,9 +182,31 @@ func (p *Pair) Run(ctx context.Context, by Signer) error {
 			}
 			continue
 		}
-		failures, signed = 0, time.Now()
+		// Without its monotonic reading: that does not count while the machine is
+		// suspended, and a certificate ends by the wall clock.
+		failures, signed = 0, p.now().Round(0)
 	}
 	return nil
+}
+
+// look is how long the clock is left alone at most: it is set, and machines are
+// suspended.
+const look = time.Hour
+
+// await a time by the wall clock; false when ctx has ended. A twentieth of the
+// certificate's life passes unseen at most: a tenth is left when it is renewed
+// last.
+func (p *Pair) await(ctx context.Context, at time.Time, c *x509.Certificate) bool {
+	step := min(look, max(c.NotAfter.Sub(c.NotBefore)/20, time.Second))
+	for {
+		left := at.Sub(p.now())
+		if left <= 0 {
+			return ctx.Err() == nil
+		}
+		if !sleep(ctx, min(left, step)) {
+			return false
+		}
+	}
 }
 
 // Renew the pair now: a new key, and a certificate for it.
