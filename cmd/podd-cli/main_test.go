@@ -332,7 +332,7 @@ func TestImageCommands(t *testing.T) {
 	}
 	d.images.Broken = []images.Problem{{ID: "sha256:" + strings.Repeat("a", 64), Names: []string{"example/a:1"}, Err: errors.New("blob b is not what it was")}}
 	var damaged buffer
-	if err := d.run(t.Context(), nil, &damaged, &damaged, "images", "--verify"); err == nil || !strings.Contains(err.Error(), "1 images are damaged") || !strings.Contains(damaged.String(), "example/a:1: blob b is not what it was\n") {
+	if err := d.run(t.Context(), nil, &damaged, &damaged, "images", "--verify"); err == nil || !strings.Contains(err.Error(), "1 image is damaged") || !strings.Contains(damaged.String(), "example/a:1: blob b is not what it was\n") {
 		t.Errorf("verify of a damaged store: %v\n%s", err, damaged.String())
 	}
 	if got := columns(d.ok(t, "images")); got != "IMAGE TAG IMAGE ID SIZE\nexample/a 1 0000000000000 10B\nlocalhost:5000/loaded 2 0000000000000 10B" {
@@ -449,12 +449,32 @@ func TestCheck(t *testing.T) {
 	if got := d.ok(t, "check", odd); !strings.Contains(got, `warning: `+odd) || !strings.Contains(got, `fractional byte value "128m"`) || strings.Contains(got, "no problems") {
 		t.Errorf("check of a warning: %q", got)
 	}
-	if got := d.ok(t, "check", good); got != "1 files, no problems\n" {
+	if got := d.ok(t, "check", good); got != "1 file, no problems\n" {
 		t.Errorf("good: %q", got)
 	}
 	var out buffer
 	if err := d.run(t.Context(), nil, &out, io.Discard, "check", d.dir); err == nil || !strings.Contains(out.String(), "bad.yaml:8: document 1: spec.containers[0].imag") {
 		t.Errorf("bad: %v, %q", err, out.String())
+	}
+}
+
+// TestCheckFindsImagesThatNobodyCanPull, and counts as people do.
+func TestCheckFindsImagesThatNobodyCanPull(t *testing.T) {
+	d := &daemon{dir: t.TempDir()}
+	file := filepath.Join(d.dir, "web.yaml")
+	for image, right := range map[string]bool{
+		"nginx": true, "nginx:latest": true, "localhost:5000/a/b:1": true, "nginx@sha256:" + strings.Repeat("a", 64): true,
+		"nginx:latest:1": false, "Nginx": false, "nginx@sha256:1": false, "nginx:": false, "http://r.test/nginx": false,
+	} {
+		os.WriteFile(file, []byte("apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: c\n    image: \""+image+"\"\n"), 0o600)
+		var out buffer
+		err := d.run(t.Context(), nil, &out, io.Discard, "check", file)
+		if right && err != nil {
+			t.Errorf("%s: %v, %s", image, err, out.String())
+		}
+		if !right && (err == nil || !strings.Contains(err.Error(), "1 problem in 1 file") || !strings.Contains(out.String(), "web.yaml:8: document 1: spec.containers[0].image: ")) {
+			t.Errorf("%s: %v, %s", image, err, out.String())
+		}
 	}
 }
 

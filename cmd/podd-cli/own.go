@@ -304,7 +304,11 @@ func verifyImages(ctx context.Context, c *client, out io.Writer) error {
 		fmt.Fprintf(out, "%s: %s\n", name, p.Message)
 	}
 	if len(damaged) > 0 {
-		return fmt.Errorf("%d images are damaged; remove (podd rmi --force) and pull them again", len(damaged))
+		is, them := "is", "it"
+		if len(damaged) > 1 {
+			is, them = "are", "them"
+		}
+		return fmt.Errorf("%s %s damaged; remove (podd rmi --force) and pull %s again", count(len(damaged), "image"), is, them)
 	}
 	fmt.Fprintln(out, "all images are as they were stored")
 	return nil
@@ -734,6 +738,14 @@ func newVersion(c *client, streams genericiooptions.IOStreams) *cobra.Command {
 	return cmd
 }
 
+// count of things in words: "1 file", "2 files".
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
+}
+
 func newCheck(streams genericiooptions.IOStreams) *cobra.Command {
 	return &cobra.Command{
 		Use:   "check FILE...",
@@ -759,12 +771,12 @@ make the command fail.`,
 				warnings = fmt.Sprintf(", warnings: %d", n)
 			}
 			if wrong > 0 {
-				return fmt.Errorf("%d problems in %d files%s", wrong, files, warnings)
+				return fmt.Errorf("%s in %s%s", count(wrong, "problem"), count(files, "file"), warnings)
 			}
 			if warnings == "" {
 				warnings = ", no problems"
 			}
-			fmt.Fprintf(streams.Out, "%d files%s\n", files, warnings)
+			fmt.Fprintf(streams.Out, "%s%s\n", count(files, "file"), warnings)
 			return nil
 		},
 	}

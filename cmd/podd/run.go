@@ -75,7 +75,7 @@ func runDaemon(args []string) int {
 	for _, w := range cfg.Warnings {
 		log.Warn("setting without effect", "name", w.Name, "value", w.Value, "from", w.From, "reason", w.Reason)
 	}
-	asked, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	asked, stop := untilAsked(log)
 	defer stop()
 	ctx, cancel := context.WithCancelCause(asked)
 	defer cancel(nil)
@@ -111,6 +111,23 @@ func runDaemon(args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// untilAsked is the context of a daemon that ends when SIGTERM or SIGINT asks it
+// to. The log tells: who finds a node without its daemon looks there first.
+func untilAsked(log *slog.Logger) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		select {
+		case sig := <-signals:
+			log.Info("podd was asked to end", "signal", unix.SignalName(sig.(syscall.Signal)))
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { signal.Stop(signals); cancel() }
 }
 
 // heedReload ends this run for the next one, in the same process, at each

@@ -45,6 +45,10 @@ func Check(paths ...string) (files int, problems []Problem, err error) {
 					w.File, w.Document, w.Object = filepath.Join(s.cfg.Dir, name), obj.doc, ref.String()
 					problems = append(problems, w.Problem)
 				}
+				for _, p := range obj.references {
+					p.File, p.Document = filepath.Join(s.cfg.Dir, name), obj.doc
+					problems = append(problems, p)
+				}
 				first[ref], where[ref] = obj, name
 			}
 		}

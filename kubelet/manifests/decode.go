@@ -34,6 +34,8 @@ type object struct {
 
 	// warnings are about fields that do not keep it from being in force.
 	warnings []warning
+	// references are images of the pod that nobody can pull; see Check.
+	references []Problem
 
 	// hash identifies the content as written: comments, key order and layout
 	// of the YAML do not count.
@@ -186,7 +188,7 @@ func (d *decoder) decodeObject(doc document.Document, raw []byte, at string, lis
 			if probs != nil {
 				return nil, probs, false
 			}
-			return []object{{pod: pod, hash: hash, warnings: warningsOf(doc, at, pod, warned)}}, nil, false
+			return []object{{pod: pod, hash: hash, warnings: warningsOf(doc, at, pod, warned), references: wrongReferences(doc, at, pod)}}, nil, false
 		case "ConfigMap":
 			m := &v1.ConfigMap{}
 			if probs := strict(doc, raw, at, m); probs != nil {

@@ -2,6 +2,7 @@ package metrics
 
 import (
 	"context"
+	"strconv"
 	"sync"
 	"time"
 
@@ -20,14 +21,20 @@ type starts struct {
 	m   *Metrics
 	mu  sync.Mutex
 	all map[types.UID]*start
+
+	began time.Time
 }
 
 type start struct {
 	seen, pullBegan, pullEnded time.Time
 	over                       bool // runs, or has run
+	// ended are the instances that the status showed as ended at the last look.
+	ended map[string]bool
 }
 
-func newStarts(m *Metrics) *starts { return &starts{m: m, all: map[types.UID]*start{}} }
+func newStarts(m *Metrics) *starts {
+	return &starts{m: m, all: map[types.UID]*start{}, began: time.Now()}
+}
 
 func (s *starts) pulled(uid string, begin, end time.Time) {
 	s.mu.Lock()
@@ -78,6 +85,14 @@ func (s *starts) look(pod *v1.Pod, now time.Time) {
 		s.all[pod.UID] = st
 		s.m.containersPerPod.Observe(float64(len(pod.Spec.Containers)))
 	}
+	var fresh []end
+	st.ended, fresh = newEnds(pod, st.ended)
+	for _, e := range fresh {
+		if e.FinishedAt.Time.Before(s.began) {
+			continue // counted by the daemon before
+		}
+		s.m.terminated.WithLabelValues(e.kind, strconv.Itoa(int(e.ExitCode)), e.Reason).Inc()
+	}
 	if st.over || !allStarted(pod) {
 		return
 	}
@@ -92,6 +107,36 @@ func (s *starts) look(pod *v1.Pod, now time.Time) {
 	s.m.podStart.Observe(now.Sub(st.seen).Seconds())
 	s.m.podStartTotal.Observe(total.Seconds())
 	s.m.podStartSLI.Observe(max(total-apart, 0).Seconds())
+}
+
+// end of one instance of a container.
+type end struct {
+	kind string // container_type of metrics
+	*v1.ContainerStateTerminated
+}
+
+// newEnds are those that the status tells of and known does not, and all that it
+// tells of. One that was started again at once is shown as the last state only.
+func newEnds(pod *v1.Pod, known map[string]bool) (all map[string]bool, fresh []end) {
+	for kind, list := range map[string][]v1.ContainerStatus{
+		"container": pod.Status.ContainerStatuses, "init_container": pod.Status.InitContainerStatuses, "ephemeral_container": pod.Status.EphemeralContainerStatuses,
+	} {
+		for i := range list {
+			for _, t := range []*v1.ContainerStateTerminated{list[i].LastTerminationState.Terminated, list[i].State.Terminated} {
+				if t == nil || t.ContainerID == "" || all[t.ContainerID] {
+					continue
+				}
+				if all == nil {
+					all = map[string]bool{}
+				}
+				all[t.ContainerID] = true
+				if !known[t.ContainerID] {
+					fresh = append(fresh, end{kind, t})
+				}
+			}
+		}
+	}
+	return all, fresh
 }
 
 // allStarted says whether every container has run.

@@ -243,7 +243,11 @@ func (x *explainer) probe(subject, kind string, p *v1.Probe, container string, f
 	}
 	switch kind {
 	case "startup", "liveness":
-		text += fmt.Sprintf("; after %d failures in a row the container is restarted", max(p.FailureThreshold, 1))
+		often := "a single failure"
+		if p.FailureThreshold > 1 {
+			often = fmt.Sprintf("%d failures in a row", p.FailureThreshold)
+		}
+		text += fmt.Sprintf("; after %s the container is restarted", often)
 	}
 	return sentence(text) + " It answered: " + sentence(plain(answer))
 }
