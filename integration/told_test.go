@@ -1,6 +1,8 @@
 package integration
 
 import (
+	"encoding/base64"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -10,9 +12,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"encoding/base64"
-	"encoding/pem"
 
 	v1 "k8s.io/api/core/v1"
 
@@ -97,6 +96,17 @@ func TestAFailedPreStopHookIsTold(t *testing.T) {
 	n.WaitGone(30 * second)
 	if out := n.OK("why"); strings.Contains(out, "fine") || !strings.Contains(out, want) {
 		t.Errorf("of a pod that is gone: %s", out)
+	}
+}
+
+// TestTheLogTellsThatTheDaemonWasAskedToEnd: who finds a node without its daemon
+// looks there first.
+func TestTheLogTellsThatTheDaemonWasAskedToEnd(t *testing.T) {
+	n := start(t)
+	n.Signal(syscall.SIGTERM)
+	log, err := os.ReadFile(filepath.Join(n.Dir, "podd.log"))
+	if err != nil || !strings.Contains(string(log), "podd was asked to end") || !strings.Contains(string(log), "SIGTERM") {
+		t.Errorf("%v: %s", err, log)
 	}
 }
 

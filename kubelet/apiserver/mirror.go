@@ -2,6 +2,7 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 
@@ -41,6 +42,8 @@ func (p *Pods) bringMirror(ctx context.Context, static *v1.Pod, gone bool) error
 	return p.patch(ctx, mirror, static)
 }
 
+var errNoNamespace = errors.New("its namespace is not there")
+
 func hash(static *v1.Pod) string { return static.Annotations[manifests.ConfigHashAnnotation] }
 
 func (p *Pods) createMirror(ctx context.Context, static *v1.Pod, node types.UID) error {
@@ -67,7 +70,7 @@ func (p *Pods) createMirror(ctx context.Context, static *v1.Pod, node types.UID)
 	case apierrors.IsAlreadyExists(err):
 		return p.takeMirror(ctx, m)
 	case apierrors.IsNotFound(err):
-		return fmt.Errorf("create mirror pod %s: its namespace is not there: %w", name(m), err)
+		return fmt.Errorf("create mirror pod %s: %w: %w", name(m), errNoNamespace, err)
 	case err != nil:
 		return fmt.Errorf("create mirror pod %s: %w", name(m), err)
 	}

@@ -2,9 +2,11 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -174,7 +176,7 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 		r.dirty = true
 		failures := r.failures
 		p.mu.Unlock()
-		if failures == 1 || failures%10 == 0 {
+		if failures == 1 && !early(err) || failures%10 == 0 {
 			p.log.Warn("pod is not reported to the apiserver", "pod", name(shown).String(), "failures", failures, "error", err)
 		}
 		sleep(ctx, Backoff(failures, 200*time.Millisecond, 10*time.Second))
@@ -185,6 +187,13 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 func (p *Pods) unreported(uid types.UID) bool {
 	f := p.known[uid]
 	return f != nil && f.pod.Status.StartTime == nil
+}
+
+// early says that the apiserver has only just begun and lacks what it makes
+// itself in its first seconds: the priority classes of the system, and its
+// namespaces. That is waited for without a word, until it has failed ten times.
+func early(err error) bool {
+	return apierrors.IsForbidden(err) && strings.Contains(err.Error(), "no PriorityClass with name") || errors.Is(err, errNoNamespace)
 }
 
 // await something that is worth a request, at most for calm.
