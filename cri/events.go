@@ -348,7 +348,7 @@ func (s *Service) apply(ctx context.Context, e shim.Event) {
 		case starting:
 			// Create or Start of the shim has not answered yet, and whether
 			// the payload ever ran is theirs to say.
-			p, err := s.procs.State(ctx, c.id)
+			p, err := s.answered(ctx, c.id)
 			if err != nil || p.StartedAt.IsZero() {
 				return
 			}
@@ -359,6 +359,22 @@ func (s *Service) apply(ctx context.Context, e shim.Event) {
 			return
 		}
 		s.markExited(c, exit, e.PID)
+	}
+}
+
+// answered is the state of a process by a shim that may be away just now. The
+// events of all wait meanwhile: they come from the same shim.
+func (s *Service) answered(ctx context.Context, id string) (*shim.Process, error) {
+	for {
+		p, err := s.procs.State(ctx, id)
+		if !errdefs.IsUnavailable(err) {
+			return p, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(100 * time.Millisecond): // the client itself waits for seconds
+		}
 	}
 }
 

@@ -95,9 +95,14 @@ func withTerm(env []string) []string {
 // begin starts the process of an exec. When ctx or beginTime is over before it
 // has begun, that is not the process' doing and never its DeadlineExceeded.
 func (s *Service) begin(ctx context.Context, e *shim.ExecSpec) (shim.Session, error) {
+	return begun(ctx, func(ctx context.Context) (shim.Session, error) { return s.procs.Exec(ctx, e) })
+}
+
+// begun is begin for any session.
+func begun(ctx context.Context, open func(context.Context) (shim.Session, error)) (shim.Session, error) {
 	start, cancel := context.WithTimeout(ctx, beginTime)
 	defer cancel()
-	session, err := s.procs.Exec(start, e)
+	session, err := open(start)
 	switch {
 	case err == nil || start.Err() == nil:
 		return session, err
@@ -453,7 +458,7 @@ func (s *Service) AttachStream(ctx context.Context, id string, stdin io.Reader, 
 			return err
 		}
 	}
-	session, err := s.procs.Attach(ctx, c.id, in, out, errOut)
+	session, err := begun(ctx, func(ctx context.Context) (shim.Session, error) { return s.procs.Attach(ctx, c.id, in, out, errOut) })
 	if err != nil {
 		return fmt.Errorf("attach to container %s: %w", c.id, err)
 	}

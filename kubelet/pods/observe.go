@@ -215,8 +215,13 @@ func (w *worker) adopt(l *life, f *found) {
 		} else {
 			w.initial(l, &c)
 		}
-		if c.State == status.Exited {
+		switch c.State {
+		case status.Exited:
 			w.unwatch(l, c.ID)
+		case status.Running: // also after a start that nobody could tell of
+			if l.failures[c.Name].Reason == "RunContainerError" {
+				delete(l.failures, c.Name)
+			}
 		}
 		l.o.Containers = append(l.o.Containers, c)
 		l.seen(&c)

@@ -64,8 +64,13 @@ func (s *Server) ownRoutes(m *http.ServeMux) {
 		if err != nil {
 			return err
 		}
-		if name := runs(p); name != "" {
-			return apierrors.NewConflict(resource("pods"), p.Name, fmt.Errorf("its container %s runs", name))
+		// What comes after a pod that goes is the table's to say.
+		if name := runs(p); name != "" && p.DeletionTimestamp == nil {
+			err := fmt.Errorf("its container %s runs", name)
+			if p.Status.Reason == status.Stopping {
+				err = fmt.Errorf("it is being stopped, and its container %s still runs; start it when it has ended, or use podd restart", name)
+			}
+			return apierrors.NewConflict(resource("pods"), p.Name, err)
 		}
 		if err := s.cfg.Pods.Restart(r.Context(), p.Namespace, p.Name, ""); err != nil {
 			return fmt.Errorf("start pod %s/%s: %w", p.Namespace, p.Name, err)
