@@ -18,7 +18,7 @@ import (
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/cri/state"
 	"github.com/podd-runtime/podd/cri/streaming"
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 // Config of the services. Zero values are usable where a default is named.

@@ -16,7 +16,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 // measureAll measures pods and waits for it.

@@ -16,7 +16,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 // Directories of a pod, as upstream's kubelet has them, below

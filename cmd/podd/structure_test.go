@@ -15,7 +15,7 @@ var layers = [][]string{
 	{"cmd"},
 	{"kubelet"},
 	{"probes", "volumes", "cri"},
-	{"cgroups", "netns", "tree"},
+	{"cgroups", "netns"},
 	{"systemd"},
 }
 

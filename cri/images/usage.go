@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 // diskUsage adds up the blocks and inodes of the directory and what is below,

@@ -17,7 +17,7 @@ import (
 
 	"github.com/podd-runtime/podd/cri"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 // fsStats of the file system that holds path, which must be one of this

@@ -16,7 +16,7 @@ import (
 
 	"github.com/podd-runtime/podd/cri"
 	"github.com/podd-runtime/podd/kubelet/eviction"
-	"github.com/podd-runtime/podd/tree"
+	"github.com/podd-runtime/podd/volumes/tree"
 )
 
 const mib = 1 << 20
