@@ -130,6 +130,7 @@ func TestStopAllWorksWithoutADaemon(t *testing.T) {
 	n.WaitRunning("stubborn")
 	n.Signal(syscall.SIGKILL)
 	n.OK("stop", "--all", "--grace-period=1") // in the two minutes of a command
+	n.Remove("stubborn.yaml")                 // it would not end for its ten minutes
 	n.Start()
 }
 
