@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -57,6 +58,7 @@ type Report struct {
 type Collector struct {
 	cfg  Config
 	kick chan struct{}
+	full atomic.Bool // somebody has found no room since the last look
 
 	history history
 	began   time.Time
@@ -81,8 +83,9 @@ func (c *Collector) Last() Report {
 	return c.last
 }
 
-// Hurry asks for a look soon: somebody found the disk full.
+// Hurry asks for a look soon: somebody found no room.
 func (c *Collector) Hurry() {
+	c.full.Store(true)
 	select {
 	case c.kick <- struct{}{}:
 	default:
@@ -141,6 +144,7 @@ func (c *Collector) round(ctx context.Context, now time.Time) {
 // be, or what kept the look from happening.
 func (c *Collector) Collect(ctx context.Context, now time.Time) (Report, error) {
 	r := Report{At: now}
+	full := c.full.Swap(false)
 	images, err := c.cfg.Store.Images(ctx)
 	if err != nil {
 		return r, fmt.Errorf("list images: %w", err)
@@ -158,7 +162,7 @@ func (c *Collector) Collect(ctx context.Context, now time.Time) (Report, error) 
 	if r.After, err = c.disk(); err != nil {
 		return r, err
 	}
-	wanted := c.cfg.Policy.missing(r.After)
+	wanted := c.cfg.Policy.missing(r.After, full)
 	if wanted > 0 {
 		err = c.space(ctx, left, now, &r)
 	} else {

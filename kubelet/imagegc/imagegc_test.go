@@ -244,3 +244,19 @@ func TestSize(t *testing.T) {
 		}
 	}
 }
+
+// Who found no room has given back what he had brought: the disk is below the
+// upper threshold, and there is room to make all the same.
+func TestRoomIsMadeForWhoFoundNone(t *testing.T) {
+	w := newWorld(usual, 170, images("a", "b")...)
+	if r, err := w.Collect(t.Context(), t0); err != nil || len(r.Removed) != 0 {
+		t.Fatalf("removed %v, %v", r.Removed, err)
+	}
+	w.Hurry()
+	if r, err := w.Collect(t.Context(), t0.Add(time.Hour)); err != nil || len(r.Removed) != 1 {
+		t.Errorf("removed %v, %v", r.Removed, err)
+	}
+	if r, err := w.Collect(t.Context(), t0.Add(2*time.Hour)); err != nil || len(r.Removed) != 0 {
+		t.Errorf("later: removed %v, %v", r.Removed, err)
+	}
+}

@@ -49,9 +49,11 @@ func (d Disk) UsedPercent() int {
 	return 100 - int(min(d.Available, d.Capacity)*100/d.Capacity)
 }
 
-// missing is how much room there is to make; 0: there is enough.
-func (p Policy) missing(d Disk) int64 {
-	if p.HighPercent >= 100 || d.UsedPercent() < p.HighPercent {
+// missing is how much room there is to make; 0: there is enough. Where somebody
+// has found no room, the lower threshold counts at once: what he had brought by
+// then is gone again, and the disk may be less full than the upper one.
+func (p Policy) missing(d Disk, found bool) int64 {
+	if p.HighPercent >= 100 || d.UsedPercent() < p.HighPercent && !found {
 		return 0
 	}
 	return max(p.short(d), 0)
