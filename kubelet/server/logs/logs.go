@@ -233,10 +233,51 @@ func start(files []*file, o Options) (first int, offset, skip int64, err error) 
 		if err != nil {
 			return 0, 0, 0, fmt.Errorf("read log %s: %w", files[i].Name(), err)
 		}
+		if n >= want && off == 0 && i > 0 {
+			return lineBefore(files, i, o.Stream)
+		}
 		if n >= want {
 			return i, off, 0, nil
 		}
 		want -= n
+	}
+	return 0, 0, 0, nil
+}
+
+// lineBefore finds where the line begins that the start of file i goes on with:
+// a rotation may come between the parts of a long one.
+func lineBefore(files []*file, i int, stream string) (first int, offset, skip int64, err error) {
+	for ; i > 0; i-- {
+		f := files[i-1]
+		if f.gz {
+			r, err := f.reader(0)
+			if err != nil {
+				return 0, 0, 0, err
+			}
+			n, err := countLines(r, stream)
+			if err != nil {
+				return 0, 0, 0, fmt.Errorf("read log %s: %w", f.Name(), err)
+			}
+			if n > 0 {
+				return i - 1, 0, n, nil // whatever is after its last whole line
+			}
+			continue
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		off, _, err := tailOffset(f, st.Size(), 0, stream, false)
+		if err != nil {
+			return 0, 0, 0, fmt.Errorf("read log %s: %w", f.Name(), err)
+		}
+		switch off {
+		case 0:
+			continue // nothing, or nothing but parts of it
+		case st.Size():
+			return i, 0, 0, nil
+		}
+		return i - 1, off, 0, nil
 	}
 	return 0, 0, 0, nil
 }
@@ -274,10 +315,11 @@ func countLines(r io.Reader, stream string) (n int64, err error) {
 
 // tailOffset looks backwards from the end of a file of size bytes for the start
 // of its last want lines. It returns how many lines the file has if those are
-// fewer. A line that the container has not ended yet counts in the last file.
+// fewer. A line that the container has not ended yet counts in the last file; of
+// another, want 0 finds the start of what its end leaves open.
 func tailOffset(r io.ReaderAt, size, want int64, stream string, last bool) (offset, lines int64, err error) {
 	const block = 64 << 10
-	if want == 0 {
+	if want == 0 && last {
 		return size, 0, nil
 	}
 	var (

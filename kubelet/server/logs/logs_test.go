@@ -85,6 +85,36 @@ func TestReadAcrossRotatedFiles(t *testing.T) {
 	}
 }
 
+// The last line is whole also when the log was rotated between its parts.
+func TestTailOfALineAcrossRotatedFiles(t *testing.T) {
+	const at = "2026-01-01T00:00:00Z stdout "
+	for name, files := range map[string][]string{
+		"plain":      {at + "F one\n" + at + "P a\n", at + "P b\n", at + "F c\n"},
+		"compressed": {at + "F one\n" + at + "P a\n", "gz" + at + "P b\n", at + "F c\n"},
+		"both":       {"gz" + at + "F one\n" + at + "P a\n", "gz" + at + "P b\n", at + "F c\n"},
+		"an empty":   {at + "F one\n" + at + "P ab\n", "", at + "F c\n"},
+		"others":     {at + "F one\n" + at + "P ab\n", strings.ReplaceAll(at, "stdout", "stderr") + "F x\n", at + "F c\n"},
+		"unended":    {at + "F one\n" + at + "P a\n", at + "P b\n", at + "P c\n"},
+	} {
+		path := filepath.Join(t.TempDir(), "0.log")
+		for i, text := range files {
+			to := path
+			if i < len(files)-1 {
+				to = fmt.Sprintf("%s.20260101-00000%d", path, i)
+			}
+			if z, ok := strings.CutPrefix(text, "gz"); ok {
+				text, to = z, to+".gz"
+			}
+			write(t, to, text)
+		}
+		for tail, want := range map[int64]string{1: "abc", 2: "one\nabc", 3: "one\nabc"} {
+			if got := read(t, path, Options{Tail: tail, Stream: "stdout"}); strings.TrimSuffix(got, "\n") != want {
+				t.Errorf("%s, tail %d: %q, want %q", name, tail, got, want)
+			}
+		}
+	}
+}
+
 func TestReadSince(t *testing.T) {
 	path := rotatedLog(t)
 	at, _ := time.Parse(time.RFC3339Nano, stamp(33))
