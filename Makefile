@@ -14,7 +14,7 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables dbus-daemon
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit fuzz integration soak critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit fuzz integration soak kills critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
@@ -71,6 +71,9 @@ integration: test-deps ## Run the integration tests only (as root)
 
 soak: test-deps build ## 200 pods for ten minutes, podd killed every 20 s: nothing may start twice or be left (as root)
 	@PODD_TEST_SOAK=10m $(GO) test -count=1 -timeout 40m -run '^TestSoak$$' -v ./integration
+
+kills: test-deps build ## podd and podd-shim killed 1,000 times under churn, on a run directory that is full now and then (as root)
+	@PODD_TEST_KILLS=1000 $(GO) test -count=1 -timeout 60m -run '^TestKills$$' -v ./integration
 
 node-test: test-deps ## Run the short suite on a stock Debian 12 machine in QEMU: systemd, cgroup v2, AppArmor (as root)
 	@GO='$(GO)' .ci/tests node

@@ -93,6 +93,7 @@ type agent struct {
 	stats   *stats.Provider
 	imageGC *imagegc.Collector
 	cluster *cluster // nil: none
+	notice  *notice  // while podd-shim is waited for at the start
 	undo    []func()
 }
 
@@ -430,6 +431,9 @@ func (a *agent) shimSlow(waited time.Duration) {
 	a.log.Warn("podd-shim does not answer yet, waiting on", "waited", waited)
 	systemd.Status(a.log, fmt.Sprintf("waiting for podd-shim, which has not answered for %v", waited))
 	systemd.Extend(a.log, shimExtension)
+	if a.notice != nil {
+		a.notice.post(a, fmt.Errorf("it has not answered for %v", waited))
+	}
 }
 
 // refreshVolumes carries changes of ConfigMaps and Secrets into the volumes

@@ -27,8 +27,11 @@ func (a *agent) awaitShim(ctx context.Context) (*shim.Client, error) {
 	if _, err := shim.BuildID(a.cfg.ShimProgram); err != nil {
 		return nil, err // no such program: that does not mend itself
 	}
-	var notice notice
-	defer notice.end()
+	a.notice = new(notice)
+	defer func() {
+		a.notice.end()
+		a.notice = nil
+	}()
 	last := ""
 	for {
 		client, err := a.ensureShim(ctx)
@@ -41,7 +44,7 @@ func (a *agent) awaitShim(ctx context.Context) (*shim.Client, error) {
 		}
 		systemd.Status(a.log, "podd-shim cannot be started, trying again: "+err.Error())
 		systemd.Extend(a.log, shimExtension)
-		notice.post(a, err)
+		a.notice.post(a, err)
 		select {
 		case <-time.After(shimRetry):
 		case <-ctx.Done():
@@ -51,7 +54,7 @@ func (a *agent) awaitShim(ctx context.Context) (*shim.Client, error) {
 }
 
 // notice answers every request to the local API with what podd waits for,
-// before it can do better.
+// before it can do better. One goroutine posts at a time.
 type notice struct {
 	text   atomic.Pointer[string]
 	server *http.Server
@@ -59,7 +62,7 @@ type notice struct {
 
 // post changes what is said, and begins to say it.
 func (n *notice) post(a *agent, why error) {
-	text := fmt.Sprintf("podd waits for podd-shim, which cannot be started: %v. Pods that run go on; nothing is started, stopped or probed", why)
+	text := fmt.Sprintf("podd waits for podd-shim: %v. Pods that run go on; nothing is started, stopped or probed", why)
 	n.text.Store(&text)
 	if n.server != nil {
 		return

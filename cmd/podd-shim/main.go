@@ -11,8 +11,10 @@ import (
 	"runtime"
 	"unsafe"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/podd-runtime/podd/cri/shim"
 	"github.com/podd-runtime/podd/cri/shim/server"
 )
 
@@ -30,6 +32,9 @@ func main() {
 	go func() { done <- run() }()
 	if err := <-done; err != nil {
 		fmt.Fprintln(os.Stderr, "podd-shim:", err)
+		if errdefs.IsAlreadyExists(err) {
+			os.Exit(shim.AlreadyRuns)
+		}
 		os.Exit(1)
 	}
 }

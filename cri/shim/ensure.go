@@ -23,6 +23,12 @@ import (
 // one: hundreds of them on a busy machine take minutes.
 const patience = 5 * time.Second
 
+// AlreadyRuns is podd-shim's exit status when another one has its directory.
+const AlreadyRuns = 17
+
+// again is the pause before another one is tried then.
+const again = 200 * time.Millisecond
+
 // Slow is told by Ensure and EnsureBy, every five seconds, for how long they
 // have been waiting for a shim to answer. nil: nobody is told.
 type Slow func(waited time.Duration)
@@ -75,6 +81,7 @@ func ensure(ctx context.Context, runDir string, slow Slow, start func(context.Co
 	if c.answers(ctx) {
 		return c, nil
 	}
+	begin := time.Now()
 	ended, err := start(ctx, runDir)
 	if err != nil {
 		return nil, err
@@ -87,6 +94,19 @@ func ensure(ctx context.Context, runDir string, slow Slow, start func(context.Co
 		case err := <-ended:
 			if c.answers(ctx) { // somebody else's was faster
 				return c, nil
+			}
+			var exit *exec.ExitError
+			if errors.As(err, &exit) && exit.ExitCode() == AlreadyRuns && time.Since(begin) < retryFor {
+				// One that was started before, by a podd that has died, say, is
+				// about to answer, or to end.
+				_ = os.Truncate(startLog(runDir), 0) // that it said so is no news
+				if err := sleep(ctx, again); err != nil {
+					return nil, err
+				}
+				if ended, err = start(ctx, runDir); err != nil {
+					return nil, err
+				}
+				continue
 			}
 			return nil, fmt.Errorf("podd-shim ended at once (see %s): %w%s: %w", startLog(runDir), err, lastWords(runDir), errdefs.ErrUnavailable)
 		case <-ctx.Done():

@@ -159,10 +159,11 @@ func (s *Server) recoverSandbox(r *record) (*sandbox, error) {
 	id := r.Process.ID
 	if r.Making {
 		s.log.Info("undoing half-made sandbox", "id", id)
-		if err := removeCgroup(r.Cgroup, r.SystemdCgroup, r.CgroupPaths); err != nil {
+		if err := s.undoSandbox(r); err != nil {
+			s.undoSandboxOn(r)
 			return nil, err
 		}
-		return nil, s.sandboxes.remove(id)
+		return nil, nil
 	}
 	b := newSandbox(s, *r)
 	s.mu.Lock()
@@ -190,6 +191,36 @@ func (s *Server) recoverSandbox(r *record) (*sandbox, error) {
 	return b, err
 }
 
+func (s *Server) undoSandbox(r *record) error {
+	if err := removeCgroup(r.Cgroup, r.SystemdCgroup, r.CgroupPaths); err != nil {
+		return err
+	}
+	return s.sandboxes.remove(r.Process.ID)
+}
+
+// undoSandboxOn is undoOn of a sandbox.
+func (s *Server) undoSandboxOn(r *record) {
+	b := newSandbox(s, *r)
+	b.op <- struct{}{} // nobody else has it
+	s.mu.Lock()
+	s.boxes[r.Process.ID] = b
+	s.mu.Unlock()
+	go func() {
+		defer b.op.unlock()
+		for pause := undoAgain; ; pause = min(2*pause, undoSlowest) {
+			time.Sleep(pause)
+			err := s.undoSandbox(r)
+			if err == nil {
+				break
+			}
+			s.log.Warn("undo half-made sandbox", "id", r.Process.ID, "error", err)
+		}
+		s.mu.Lock()
+		delete(s.boxes, r.Process.ID)
+		s.mu.Unlock()
+	}()
+}
+
 func (s *Server) recoverContainer(r *record, fds map[string]int) (err error) {
 	id := r.Process.ID
 	take := func(name string) int {
@@ -205,7 +236,11 @@ func (s *Server) recoverContainer(r *record, fds map[string]int) (err error) {
 		}
 	}()
 	if r.Making {
-		return s.undoMaking(r)
+		if err := s.undoMaking(r); err != nil {
+			s.undoOn(r)
+			return err
+		}
+		return nil
 	}
 	c := newContainer(s, *r)
 	s.mu.Lock()
@@ -316,6 +351,36 @@ func (s *Server) undoMaking(r *record) error {
 		return fmt.Errorf("cgroup: %w", err)
 	}
 	return s.containers.remove(id)
+}
+
+// undoAgain is the pause between tries to undo a creation, and its longest.
+const (
+	undoAgain   = 50 * time.Millisecond
+	undoSlowest = 10 * time.Second
+)
+
+// undoOn tries on until the creation is undone: what was killed may take a while
+// to end. Its id is taken until then, and operations on it wait.
+func (s *Server) undoOn(r *record) {
+	c := newContainer(s, *r)
+	c.op <- struct{}{} // nobody else has it
+	s.mu.Lock()
+	s.byID[r.Process.ID] = c
+	s.mu.Unlock()
+	go func() {
+		defer c.op.unlock()
+		for pause := undoAgain; ; pause = min(2*pause, undoSlowest) {
+			time.Sleep(pause)
+			err := s.undoMaking(r)
+			if err == nil {
+				break
+			}
+			s.log.Warn("undo half-made container", "id", r.Process.ID, "error", err)
+		}
+		s.mu.Lock()
+		delete(s.byID, r.Process.ID)
+		s.mu.Unlock()
+	}()
 }
 
 // destroyStray ends a container that only libcontainer knows.
