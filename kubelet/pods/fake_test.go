@@ -492,6 +492,10 @@ type fakeVolumes struct {
 	mu  sync.Mutex
 	set map[types.UID]bool
 	err error
+	// holds is the generation of objects, and the labels of the pod, that each
+	// pod's volumes were last written with; objects is the generation now.
+	holds   map[types.UID]string
+	objects int
 }
 
 func (v *fakeVolumes) Setup(ctx context.Context, pod *v1.Pod) error {
@@ -504,6 +508,25 @@ func (v *fakeVolumes) Setup(ctx context.Context, pod *v1.Pod) error {
 		return v.err
 	}
 	v.set[pod.UID] = true
+	v.mu.Unlock()
+	defer v.mu.Lock()
+	return v.write(ctx, "Setup!", pod)
+}
+
+// write what there is to know now, and take a while for it.
+func (v *fakeVolumes) write(ctx context.Context, call string, pod *v1.Pod) error {
+	v.mu.Lock()
+	text := fmt.Sprint(v.objects, pod.Labels)
+	v.mu.Unlock()
+	if err := v.rt.enter(ctx, call, pod.Name); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.holds == nil {
+		v.holds = map[types.UID]string{}
+	}
+	v.holds[pod.UID] = text
 	return nil
 }
 
@@ -511,7 +534,9 @@ func (v *fakeVolumes) Mounts(context.Context, *v1.Pod, *v1.Container, func(strin
 	return nil, nil, nil
 }
 func (v *fakeVolumes) Abort(context.Context, types.UID) error { return nil }
-func (v *fakeVolumes) Refresh(context.Context, *v1.Pod) error { return nil }
+func (v *fakeVolumes) Refresh(ctx context.Context, pod *v1.Pod) error {
+	return v.write(ctx, "Refresh", pod)
+}
 
 func (v *fakeVolumes) Teardown(ctx context.Context, uid types.UID) error {
 	if err := v.rt.enter(ctx, "Teardown", string(uid)); err != nil {

@@ -29,6 +29,8 @@ type life struct {
 	disrupted *status.Cause
 	// troubles of its volumes, in words.
 	troubles []string
+	// news counts what its volumes should be made of.
+	news int
 
 	ops    map[string]*op
 	probed map[string]bool // by container id

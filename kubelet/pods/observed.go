@@ -88,6 +88,8 @@ type Observed struct {
 	Completed bool
 
 	Cgroup, Volumes Step
+	// Outdated: what the volumes are made of has changed since they were.
+	Outdated bool
 	// Sandboxes and Containers hold the newest first.
 	Sandboxes  []Sandbox
 	Containers []status.Container

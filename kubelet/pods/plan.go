@@ -16,6 +16,8 @@ const (
 	Observe Kind = iota
 	EnsureCgroup
 	SetupVolumes
+	// Refresh what the pod's volumes hold of objects and of the pod itself.
+	Refresh
 	RunSandbox
 	EnsureImage
 	// Start creates and starts a container.
@@ -70,6 +72,8 @@ func (a Action) key() string {
 		return "rmcgroup"
 	case SetupVolumes:
 		return "setup"
+	case Refresh:
+		return "refresh"
 	case Teardown:
 		return "teardown"
 	case Abort:

@@ -53,6 +53,9 @@ func (p *planner) prepare() {
 	if p.o.Volumes != StepDone && !p.busy(Action{Kind: Teardown}) {
 		p.do(Action{Kind: SetupVolumes})
 	}
+	if p.o.Volumes == StepDone && p.o.Outdated {
+		p.do(Action{Kind: Refresh})
+	}
 }
 
 // newSandbox replaces what is left of the old one, if there was one.

@@ -40,6 +40,7 @@ func (p *planner) abort() {
 		p.abortContainer(s.EphemeralContainers[i].Name)
 	}
 	p.cancel(Action{Kind: SetupVolumes})
+	p.cancel(Action{Kind: Refresh})
 	for i := range p.o.Containers {
 		p.cancel(Action{Kind: PostStart, ID: p.o.Containers[i].ID})
 	}
@@ -77,7 +78,7 @@ func (p *planner) end(grace time.Duration) bool {
 	if !done {
 		return false
 	}
-	if p.busy(Action{Kind: SetupVolumes}) || p.busy(Action{Kind: EnsureCgroup}) {
+	if p.busy(Action{Kind: SetupVolumes}) || p.busy(Action{Kind: Refresh}) || p.busy(Action{Kind: EnsureCgroup}) {
 		return false
 	}
 	if p.o.Volumes != StepAbsent {

@@ -126,6 +126,7 @@ func (w *worker) allocate(l *life) {
 	l.progress = &status.Resize{Generation: generation}
 	delete(l.o.Retry, Action{Kind: Resize}.key())
 	w.event(l, "", v1.EventTypeNormal, "ResizeStarted", "%s", resizeMessage("Pod resize started", l.d.Pod, generation, ""))
+	w.refreshVolumes(l) // limits and requests of the downward API
 	w.log.Info("pod resize begins", "uid", l.d.Pod.UID, "generation", generation)
 }
 

@@ -17,7 +17,7 @@ func ref(pod *v1.Pod) *v1.ObjectReference { return spec.Ref(pod, "") }
 
 // setupVolumes makes all volumes of the pod.
 func (w *worker) setupVolumes(l *life) {
-	pod := l.d.Pod
+	pod, news := l.d.Pod, l.news
 	l.o.Volumes = StepUnknown
 	// No deadline of its own: foreign file systems have theirs, inside.
 	w.async(l, Action{Kind: SetupVolumes}, 2*w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
@@ -27,7 +27,10 @@ func (w *worker) setupVolumes(l *life) {
 			}
 			return nil, err
 		}
-		return func() { l.o.Volumes = StepDone }, nil
+		return func() {
+			l.o.Volumes = StepDone
+			l.refreshed(news)
+		}, nil
 	})
 }
 
@@ -58,23 +61,37 @@ func (w *worker) abortVolumes(l *life) {
 	})
 }
 
-// refreshVolumes brings changed ConfigMaps and Secrets into the pod's volumes.
+// refreshVolumes has the pod's volumes brought to what it and its ConfigMaps and
+// Secrets say now. It is kept in mind until that is done: volumes that are being
+// made may have been made of what was before.
 func (w *worker) refreshVolumes(l *life) {
-	if l.o.Volumes != StepDone {
-		// A step that waits for its next try need not wait longer.
-		delete(l.o.Retry, Action{Kind: SetupVolumes}.key())
-		return
-	}
-	pod := l.d.Pod
-	w.t.ops.Add(1)
-	go func() {
-		defer w.t.ops.Done()
-		ctx, cancel := context.WithTimeout(w.t.ctx, w.t.cfg.CallTimeout)
-		defer cancel()
-		if err := w.t.deps.Volumes.Refresh(ctx, pod); err != nil && ctx.Err() == nil {
-			w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
+	l.o.Outdated = true
+	l.news++
+	// What waits for its next try need not wait longer.
+	delete(l.o.Retry, Action{Kind: SetupVolumes}.key())
+	delete(l.o.Retry, Action{Kind: Refresh}.key())
+}
+
+// runRefresh brings the volumes to what is known now. There is one at a time, so
+// that the last one wins, and one that fails is tried again.
+func (w *worker) runRefresh(l *life) {
+	pod, news := l.d.Pod, l.news
+	w.async(l, Action{Kind: Refresh}, w.t.cfg.CallTimeout, func(ctx context.Context) (func(), error) {
+		if err := w.t.deps.Volumes.Refresh(ctx, pod); err != nil {
+			if ctx.Err() == nil {
+				w.t.deps.Events.Eventf(ref(pod), v1.EventTypeWarning, "FailedMount", "%v", err)
+			}
+			return nil, err
 		}
-	}()
+		return func() { l.refreshed(news) }, nil
+	})
+}
+
+// refreshed says that the volumes hold what was known at that news.
+func (l *life) refreshed(news int) {
+	if l.news == news {
+		l.o.Outdated = false
+	}
 }
 
 // Evict a pod that takes more of the node's storage than it may: it fails, with

@@ -209,6 +209,8 @@ func (w *worker) do(l *life, a Action) bool {
 		w.removeCgroup(l)
 	case SetupVolumes:
 		w.setupVolumes(l)
+	case Refresh:
+		w.runRefresh(l)
 	case Teardown:
 		w.teardownVolumes(l)
 	case RunSandbox:
