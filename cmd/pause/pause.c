@@ -4,7 +4,9 @@
  * It has no libc so that it costs two pages of memory. podd-shim starts it in
  * the new namespaces with four descriptors:
  *
- *   3     status: an error text is written here; closed without one: ready
+ *   3     status, a socket: an error text is written here, or READY. Then one byte
+ *         is waited for: it says that the shim has a record of us. When the
+ *         socket closes instead, nobody would ever end us, so we do.
  *   4, 5  the two ends of a socket pair that the shim uses as a store for the
  *         descriptors of the pod's containers; pause never looks at them
  *   6     an empty directory, the root of a mount that is nowhere in the tree
@@ -21,7 +23,8 @@
 #include <linux/wait.h>
 #include "sys.h"
 
-enum { STATUS = 3, EMPTY = 6, NOBODY = 65535, EINVAL_ = 22 };
+enum { READY = 'k' };
+enum { STATUS = 3, EMPTY = 6, NOBODY = 65535, EINTR_ = 4, EINVAL_ = 22 };
 
 static void say(const char *s) { sys3(__NR_write, STATUS, s, len(s)); }
 
@@ -100,6 +103,21 @@ static void confine(void)
 		fail("prctl", "dumpable", err);
 }
 
+/* ready waits until the shim has taken note of us. */
+static void ready(void)
+{
+	char c = READY;
+	long n;
+
+	sys3(__NR_write, STATUS, &c, 1);
+	do
+		n = sys3(__NR_read, STATUS, &c, 1);
+	while (n == -EINTR_);
+	if (n != 1)
+		sys1(__NR_exit_group, 1);
+	sys1(__NR_close, STATUS);
+}
+
 __attribute__((noreturn, used)) void run(long *stack)
 {
 	long argc = stack[0], i, err;
@@ -138,7 +156,7 @@ __attribute__((noreturn, used)) void run(long *stack)
 	if (lsm)
 		put("confine by", lsm);
 	confine();
-	sys1(__NR_close, STATUS);
+	ready();
 
 	for (;;) {
 		long sig = sys4(__NR_rt_sigtimedwait, &all, 0, 0, sizeof all);

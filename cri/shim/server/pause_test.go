@@ -2,10 +2,13 @@ package server_test
 
 import (
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -89,5 +92,67 @@ func TestStoreSpeaksForItsOwnPodOnly(t *testing.T) {
 	n.waitLog(spec.LogPath, "got two")
 	if out, _ := logged(t, spec.LogPath); strings.Contains(out, "forged") {
 		t.Errorf("log %q", out)
+	}
+}
+
+// A pause of which its shim has not taken note ends with the shim: nobody else
+// ever would end it.
+func TestPauseEndsWithAShimThatTookNoNote(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: pause changes its root directory")
+	}
+	if os.Getenv("PODD_SHIM") != "" {
+		t.Skip("the program is in podd-shim only")
+	}
+	if _, err := shimBinary(); err != nil { // builds pause
+		t.Fatal(err)
+	}
+	for _, noted := range []bool{false, true} {
+		status, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours, theirs := os.NewFile(uintptr(status[0]), "status"), os.NewFile(uintptr(status[1]), "status")
+		empty, err := os.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		null, err := os.Open(os.DevNull)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pause := exec.Command("../../../cmd/podd-shim/embed/pause")
+		pause.ExtraFiles = []*os.File{theirs, null, null, empty}
+		if err := pause.Start(); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range []*os.File{theirs, null, empty} {
+			f.Close()
+		}
+		said := make([]byte, 64)
+		if n, err := ours.Read(said); err != nil || string(said[:n]) != "k" {
+			t.Fatalf("pause said %q, %v", said[:n], err)
+		}
+		if noted {
+			if _, err := ours.Write([]byte("g")); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := ours.Read(said); err != io.EOF { // it goes on without the socket
+				t.Errorf("pause said %q, %v", said[:n], err)
+			}
+			if err := pause.Process.Signal(unix.Signal(0)); err != nil {
+				t.Errorf("a pause that was noted has ended: %v", err)
+			}
+			_ = pause.Process.Kill()
+		}
+		ours.Close()
+		ended := make(chan error, 1)
+		go func() { ended <- pause.Wait() }()
+		select {
+		case <-ended:
+		case <-time.After(10 * time.Second):
+			_ = pause.Process.Kill()
+			t.Error("pause outlives a shim that took no note of it")
+		}
 	}
 }

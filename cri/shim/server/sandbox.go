@@ -260,12 +260,14 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 	}
 	undo.add("cgroup", cg.Destroy)
 
-	statusR, statusW, err := os.Pipe()
+	status, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("status of pause: %w", err)
 	}
-	defer statusR.Close()
-	defer statusW.Close()
+	_ = unix.SetNonblock(status[0], true) // for its deadline
+	ours, theirs := os.NewFile(uintptr(status[0]), "status"), os.NewFile(uintptr(status[1]), "status")
+	defer ours.Close()
+	defer theirs.Close()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("descriptor store: %w", err)
@@ -281,7 +283,7 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 		return err
 	}
 	defer null.Close()
-	prog, err := s.pause.Descriptor(null.Fd(), null.Fd(), null.Fd(), statusW.Fd(), send.Fd(), recv.Fd(), s.empty.Fd())
+	prog, err := s.pause.Descriptor(null.Fd(), null.Fd(), null.Fd(), theirs.Fd(), send.Fd(), recv.Fd(), s.empty.Fd())
 	if err != nil {
 		return err
 	}
@@ -289,7 +291,7 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 	cmd := &exec.Cmd{
 		Path: program.Path(prog), Args: args, Env: []string{}, Dir: "/",
 		Stdin: null, Stdout: null, Stderr: null,
-		ExtraFiles:  []*os.File{pauseStatus - 3: statusW, pauseStoreSend - 3: send, pauseStoreRecv - 3: recv, pauseRoot - 3: s.empty},
+		ExtraFiles:  []*os.File{pauseStatus - 3: theirs, pauseStoreSend - 3: send, pauseStoreRecv - 3: recv, pauseRoot - 3: s.empty},
 		SysProcAttr: attr,
 	}
 	end := s.reaper.begin()
@@ -323,14 +325,9 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 		b.release()
 		return nil
 	})
-	statusW.Close()
-	_ = statusR.SetReadDeadline(time.Now().Add(10 * time.Second))
-	said, err := io.ReadAll(io.LimitReader(statusR, 4096))
-	if err != nil {
-		return fmt.Errorf("await pause: %w", err)
-	}
-	if len(said) > 0 {
-		return fmt.Errorf("sandbox: %s: %w", said, errdefs.ErrInvalidArgument)
+	theirs.Close()
+	if err := awaitPause(ours); err != nil {
+		return err
 	}
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), fmt.Append(nil, s.host.oomScore(spec.OOMScoreAdj)), 0); err != nil {
 		return fmt.Errorf("oom score of pause: %w", err)
@@ -351,7 +348,37 @@ func (b *sandbox) create(spec *shim.SandboxSpec, args []string, attr *syscall.Sy
 	b.rec.ProcStart = startTime(pid)
 	b.rec.CgroupPaths = cg.GetPaths()
 	b.rec.Process = shim.Process{ID: spec.ID, State: shim.Running, PID: pid, CreatedAt: now, StartedAt: now}
-	return s.sandboxes.save(&b.rec)
+	if err := s.sandboxes.save(&b.rec); err != nil {
+		return err
+	}
+	// Until now it would have ended with this shim: whoever comes next knows of it.
+	if _, err := ours.Write([]byte{pauseGo}); err != nil {
+		return fmt.Errorf("release pause: %w", err)
+	}
+	return nil
+}
+
+// Bytes of the status socket, see cmd/pause.
+const (
+	pauseReady = 'k'
+	pauseGo    = 'g'
+)
+
+// awaitPause returns when pause has set itself up, or why it has not.
+func awaitPause(status *os.File) error {
+	_ = status.SetReadDeadline(time.Now().Add(10 * time.Second))
+	said := make([]byte, 1, 512)
+	if _, err := io.ReadFull(status, said); err != nil {
+		return fmt.Errorf("await pause: %w", err)
+	}
+	if said[0] == pauseReady {
+		return nil
+	}
+	rest, err := io.ReadAll(io.LimitReader(status, 4096))
+	if err != nil {
+		return fmt.Errorf("await pause: %w", err)
+	}
+	return fmt.Errorf("sandbox: %s: %w", append(said, rest...), errdefs.ErrInvalidArgument)
 }
 
 // onExit: the pod's namespaces have lost their holder.
