@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -69,11 +70,11 @@ func wired(t testing.TB, s *Store, ref string, auth *runtimeapi.AuthConfig, w wi
 func fuzzStore(f *testing.F) *Store {
 	f.Helper()
 	needRoot(f)
-	top := f.TempDir()
-	if shm, err := os.MkdirTemp("/dev/shm", "podd-fuzz-"); err == nil {
-		top = shm
-		f.Cleanup(func() { os.RemoveAll(shm) })
+	top, err := os.MkdirTemp(memory(f), "podd-fuzz-")
+	if err != nil {
+		f.Fatal(err)
 	}
+	f.Cleanup(func() { os.RemoveAll(top) })
 	s := openStore(f, filepath.Join(top, "store"), func(c *Config) {
 		c.NoSync = true
 		c.StallTimeout = 5 * time.Second
@@ -85,6 +86,15 @@ func fuzzStore(f *testing.F) *Store {
 	s.wg.Wait()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
+}
+
+// memory is a directory of a file system in memory, where there is one.
+func memory(t testing.TB) string {
+	const shm = "/dev/shm"
+	if unix.Access(shm, unix.W_OK) == nil {
+		return shm
+	}
+	return t.TempDir()
 }
 
 // collect leaves the store as it was.
