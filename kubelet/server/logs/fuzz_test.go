@@ -64,7 +64,9 @@ func FuzzRead(f *testing.F) {
 		if err != nil || terr != nil {
 			return // entries too long, files that are not compressed
 		}
-		if o.Since.IsZero() && !strings.HasSuffix(whole, last) {
+		// Lines of two streams may lie in each other: what the last of both are is
+		// nobody's to say.
+		if o.Since.IsZero() && o.Stream != "" && !strings.HasSuffix(whole, last) {
 			t.Fatalf("the last %d lines are not the last of all:\n%q\n%q", o.Tail, last, whole)
 		}
 		if n := strings.Count(last, "\n"); int64(n) > o.Tail+2 { // an open line of each stream, and what others mix into it
