@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -158,6 +159,7 @@ func (s *Service) runExec(ctx context.Context, e *shim.ExecSpec, timeout time.Du
 type pipes struct {
 	theirs []*os.File // given to the process; closed here once it has them
 	reads  []*os.File
+	writes []*os.File // closed here unless a copy has begun, which does
 	copies []func()
 	inputs []func()
 	wg     sync.WaitGroup
@@ -225,7 +227,7 @@ func (p *pipes) input(r io.Reader) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.theirs = append(p.theirs, theirs)
+	p.theirs, p.writes = append(p.theirs, theirs), append(p.writes, w)
 	p.inputs = append(p.inputs, func() {
 		_, _ = io.Copy(w, r)
 		_ = w.Close()
@@ -243,6 +245,7 @@ func (p *pipes) start() {
 	for _, c := range p.copies {
 		p.wg.Go(c)
 	}
+	p.writes = nil
 	for _, in := range p.inputs {
 		go in()
 	}
@@ -258,7 +261,7 @@ func (p *pipes) drain(d time.Duration) {
 }
 
 func (p *pipes) close() {
-	for _, f := range append(p.theirs, p.reads...) {
+	for _, f := range slices.Concat(p.theirs, p.reads, p.writes) {
 		_ = f.Close()
 	}
 }

@@ -49,11 +49,23 @@ type envelope struct {
 	Data    json.RawMessage `json:"data"`
 }
 
-// Open creates dir with its kinds where they are missing, mode 0700.
+// Open creates dir with its kinds where they are missing, mode 0700, and removes
+// what writes that were cut off have left.
 func Open(dir string, log *slog.Logger, kinds ...string) (*Store, error) {
 	for _, d := range append([]string{quarantineDir}, kinds...) {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("create state directory: %w", err)
+		}
+		entries, err := os.ReadDir(filepath.Join(dir, d))
+		if err != nil {
+			return nil, fmt.Errorf("read state directory: %w", err)
+		}
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name(), tempPrefix) {
+				if err := os.Remove(filepath.Join(dir, d, e.Name())); err != nil {
+					log.Warn("remains of a record stay", "file", filepath.Join(dir, d, e.Name()), "error", err)
+				}
+			}
 		}
 	}
 	return &Store{dir: dir, log: log}, nil

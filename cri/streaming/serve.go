@@ -11,9 +11,12 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/websocket"
+	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
@@ -86,11 +89,12 @@ func (a adapter) PortForward(ctx context.Context, pod, _ string, port int32, str
 // it, so that an attach to a silent container would stay for ever.
 func watch(w http.ResponseWriter, r *http.Request) (http.ResponseWriter, *http.Request, func()) {
 	ctx, cancel := context.WithCancel(r.Context())
-	return watched{w, cancel}, r.WithContext(ctx), cancel
+	return watched{w, ctx, cancel}, r.WithContext(ctx), cancel
 }
 
 type watched struct {
 	http.ResponseWriter
+	ctx    context.Context // ends with the request
 	cancel func()
 }
 
@@ -101,6 +105,7 @@ func (w watched) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	c := &watchedConn{Conn: conn, cancel: w.cancel}
+	go c.heed(w.ctx)
 	// What the client has sent already is in the reader's buffer.
 	var early io.Reader
 	if n := rw.Reader.Buffered(); n > 0 {
@@ -125,11 +130,62 @@ func (w watched) Flush() { _ = http.NewResponseController(w.ResponseWriter).Flus
 type watchedConn struct {
 	net.Conn
 	cancel func()
+	reads  atomic.Int64
+}
+
+// lookAfter is how often a connection is looked at whether its client has gone.
+const lookAfter = time.Second
+
+// heed notes the end of a connection that nobody reads: what the client has sent
+// last may lie in front of it for ever where the process takes no input.
+func (c *watchedConn) heed(ctx context.Context) {
+	tick := time.NewTicker(lookAfter)
+	defer tick.Stop()
+	for seen := c.reads.Load(); ; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := c.reads.Load()
+		if now == seen && hungUp(c.Conn) {
+			c.cancel()
+			return
+		}
+		seen = now
+	}
+}
+
+// hungUp says that the peer sends nothing more, whatever is still to be read.
+func hungUp(conn net.Conn) bool {
+	for { // TLS, a limit
+		above, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = above.NetConn()
+	}
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return false // a tunnel: its own connection is watched
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return true
+	}
+	up := false
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		up = err == nil && n > 0 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return up || err != nil
 }
 
 // Read notes the end of the connection.
 func (c *watchedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	c.reads.Add(1)
 	if err != nil {
 		c.cancel()
 	}

@@ -19,10 +19,9 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 
-	"golang.org/x/net/netutil"
-
 	"github.com/podd-runtime/podd/cri/images"
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/cri/streaming"
 	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/server/api"
 )
@@ -173,7 +172,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			srv.Close()
 		}
 	}()
-	err := srv.Serve(netutil.LimitListener(l, maxConnections))
+	err := srv.Serve(streaming.LimitListener(l, maxConnections))
 	cancel()
 	<-ended
 	if errors.Is(err, http.ErrServerClosed) {

@@ -28,6 +28,7 @@ func (l Last) Save(runDir string) error {
 	}
 	path := filepath.Join(runDir, LastName)
 	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		_ = os.Remove(path + ".new") // it holds what room there was
 		return fmt.Errorf("record of this start: %w", err)
 	}
 	if err := os.Rename(path+".new", path); err != nil {

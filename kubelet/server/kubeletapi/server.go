@@ -18,12 +18,12 @@ import (
 	"net/http"
 	"time"
 
-	"golang.org/x/net/netutil"
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	kubeletv1beta1 "k8s.io/kubelet/config/v1beta1"
 	statsv1alpha1 "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
 
+	"github.com/podd-runtime/podd/cri/streaming"
 	"github.com/podd-runtime/podd/kubelet/server"
 	"github.com/podd-runtime/podd/kubelet/server/auth"
 )
@@ -172,7 +172,7 @@ func Serve(ctx context.Context, l net.Listener, h http.Handler, secure *tls.Conf
 			srv.Close()
 		}
 	}()
-	l = netutil.LimitListener(l, maxConnections)
+	l = streaming.LimitListener(l, maxConnections)
 	var err error
 	if secure != nil {
 		err = srv.ServeTLS(l, "", "")
