@@ -49,6 +49,7 @@ type Metrics struct {
 	startErrors      *prometheus.CounterVec
 	terminated       *prometheus.CounterVec
 	imagesRemoved    *prometheus.CounterVec
+	healed           *prometheus.CounterVec
 	worker           *prometheus.HistogramVec
 	podStart         prometheus.Histogram
 	podStartSLI      prometheus.Histogram
@@ -89,13 +90,17 @@ func New(node, version, git string) *Metrics {
 	m.startErrors = prometheus.NewCounterVec(opts("started_containers_errors_total", "Cumulative number of errors when starting containers"), []string{"container_type", "code"})
 	m.terminated = prometheus.NewCounterVec(opts("terminated_containers_total", "Cumulative number of container terminations."), []string{"container_type", "exit_code", "reason"})
 	m.imagesRemoved = prometheus.NewCounterVec(opts("image_garbage_collected_total", "Total number of images garbage collected by the kubelet, whether through disk usage or image age."), []string{"reason"})
+	m.healed = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "podd_audit_healed_total", Help: "Disagreements that the audit of pods has found and put right, each a fault of podd's, by what disagreed: source, runtime or place."}, []string{"what"})
+	for _, what := range []string{"source", "runtime", "place"} {
+		m.healed.WithLabelValues(what) // so that none is told as none
+	}
 	m.worker = prometheus.NewHistogramVec(hist("pod_worker_duration_seconds", "Duration in seconds to sync a single pod. Broken down by operation type: create, update, or sync", prometheus.DefBuckets), []string{"operation_type"})
 	m.podStart = prometheus.NewHistogram(hist("pod_start_duration_seconds", "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run", podStartBuckets))
 	m.podStartSLI = prometheus.NewHistogram(hist("pod_start_sli_duration_seconds", "Duration in seconds to start a pod, excluding time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started", podStartBuckets))
 	m.podStartTotal = prometheus.NewHistogram(hist("pod_start_total_duration_seconds", "Duration in seconds to start a pod since creation, including time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started", podStartBuckets))
 	m.containersPerPod = prometheus.NewHistogram(hist("containers_per_pod_count", "The number of containers per pod.", prometheus.ExponentialBuckets(1, 2, 5)))
 	m.registry.MustRegister(m.requests, m.requestSeconds, m.operations, m.operationSeconds, m.operationErrors, m.sandboxSeconds, m.sandboxErrors,
-		m.podsStarted, m.podErrors, m.usernsStarted, m.usernsErrors, m.started, m.startErrors, m.terminated, m.imagesRemoved, m.worker, m.podStart, m.podStartSLI, m.podStartTotal, m.containersPerPod)
+		m.podsStarted, m.podErrors, m.usernsStarted, m.usernsErrors, m.started, m.startErrors, m.terminated, m.imagesRemoved, m.healed, m.worker, m.podStart, m.podStartSLI, m.podStartTotal, m.containersPerPod)
 
 	m.constant(subsystem+"_node_name", "The node's name. The count is always 1.", prometheus.Labels{"node": node})
 	m.constant("kubernetes_build_info", "A metric with a constant '1' value labeled by the version of Kubernetes that the node stands for.",
@@ -152,6 +157,9 @@ func (m *Metrics) Request(r kubeletapi.Request) {
 func (m *Metrics) Worked(operation string, d time.Duration) {
 	m.worker.WithLabelValues(operation).Observe(d.Seconds())
 }
+
+// Healed counts what the audit of pods has put right.
+func (m *Metrics) Healed(what string) { m.healed.WithLabelValues(what).Inc() }
 
 // Probed counts one probe.
 func (m *Metrics) Probed(t probes.Target, k probes.Kind, result string, d time.Duration) {

@@ -268,6 +268,8 @@ func (t *Table) Restart(ctx context.Context, namespace, name, container string) 
 	select {
 	case err := <-done:
 		return err
+	case <-w.ended:
+		return fmt.Errorf("pod %s: %w", w.key, errdefs.ErrNotFound)
 	case <-ctx.Done():
 		return ctx.Err()
 	}

@@ -443,9 +443,10 @@ func (f *fakeRuntime) Subscribe(ctx context.Context) <-chan *runtimeapi.Containe
 		for i, s := range f.subs {
 			if s == ch {
 				f.subs = append(f.subs[:i:i], f.subs[i+1:]...)
+				close(ch)
+				return
 			}
 		}
-		close(ch)
 	})
 	return ch
 }

@@ -36,7 +36,7 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		return
 	}
 	w.next = nil
-	l.source = source
+	l.source, l.word = source, pod
 	l.d.Held = false
 	if l.unseen {
 		l.heard = &pending{source: source, pod: pod}
@@ -134,7 +134,7 @@ func hasPostStart(c *v1.Container) bool { return c.Lifecycle != nil && c.Lifecyc
 // more: nothing is started for a pod that goes.
 func (w *worker) delete(l *life, source string, pod *v1.Pod) {
 	w.next = nil
-	l.source, l.d.Pod, l.asked = source, pod, nil
+	l.source, l.word, l.d.Pod, l.asked = source, pod, pod, nil
 	l.d.Held, l.heard = false, nil
 	if s := l.d.Stop; s != nil && s.Forget && !time.Now().Add(podGrace(pod)).Before(s.deadline()) {
 		return // told once more

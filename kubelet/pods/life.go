@@ -22,6 +22,11 @@ type life struct {
 	d      Desired
 	o      Observed
 	source string
+	// word of its source that it was told last: the pod as it was given.
+	word *v1.Pod
+	// suspects are sandboxes and containers about which the runtime disagreed at
+	// the last audit.
+	suspects map[string]bool
 	// stopped by a user: it stays down until it changes or is restarted.
 	stopped bool
 	failed  *status.Cause // by the node, for good
@@ -91,9 +96,9 @@ type shown struct {
 
 func newLife(source string, pod *v1.Pod) *life {
 	return &life{
-		source: source,
-		shown:  shown{status: *pod.Status.DeepCopy()},
-		d:      Desired{Pod: pod},
+		source: source, word: pod,
+		shown: shown{status: *pod.Status.DeepCopy()},
+		d:     Desired{Pod: pod},
 		o: Observed{
 			Started: time.Now(), Completed: status.Over(pod.Status.Phase), Images: map[string]ImageState{}, Verdicts: map[string]Verdict{},
 			Kills: map[string]Kill{}, Backoffs: map[string]Backoff{}, Changed: map[string]bool{},

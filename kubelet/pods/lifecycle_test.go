@@ -799,6 +799,9 @@ func TestLostEventIsFoundByTheAudit(t *testing.T) {
 		if n.rt.starts("default/web/a") != 2 {
 			t.Fatal("the exit was never noticed")
 		}
+		if what := n.audit.take(); what != "runtime" {
+			t.Errorf("counted: %s", what)
+		}
 	})
 }
 

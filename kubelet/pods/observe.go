@@ -72,6 +72,9 @@ func attemptOf(cs *runtimeapi.ContainerStatus) int32 {
 
 // update takes in the state of one container.
 func (w *worker) update(l *life, cs *runtimeapi.ContainerStatus) {
+	if uid := cs.Labels[spec.LabelPodUID]; uid != "" && uid != string(l.d.Pod.UID) {
+		return // of one that waits for this one to be gone
+	}
 	have := l.container(cs.Id)
 	sandbox := ""
 	if have != nil {

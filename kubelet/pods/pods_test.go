@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +20,7 @@ import (
 
 	"github.com/podd-runtime/podd/kubelet/admission"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
+	"github.com/podd-runtime/podd/probes"
 )
 
 // node is a Table with fakes, and what outlives it.
@@ -34,6 +37,30 @@ type node struct {
 
 	table *Table
 	stop  func()
+	audit healed
+}
+
+// healed counts what the audit has found; it is to find nothing.
+type healed struct {
+	mu   sync.Mutex
+	what []string
+}
+
+func (h *healed) Worked(string, time.Duration)                             {}
+func (h *healed) Probed(probes.Target, probes.Kind, string, time.Duration) {}
+func (h *healed) Healed(what string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.what = append(h.what, what)
+}
+
+// take what was found.
+func (h *healed) take() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	what := strings.Join(h.what, " ")
+	h.what = nil
+	return what
 }
 
 func newNode(t testing.TB) *node {
@@ -54,7 +81,7 @@ func (n *node) start() {
 	n.table = New(Config{
 		Node: spec.Node{Name: "n1", RootDir: n.dir, PodLogsDir: filepath.Join(n.dir, "log/pods"), HostIPs: []string{"192.0.2.1"},
 			Allocatable: v1.ResourceList{v1.ResourceCPU: resource.MustParse("4"), v1.ResourceMemory: resource.MustParse("8Gi")}},
-		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log, AllowedUnsafeSysctls: n.unsafe,
+		RecordDir: filepath.Join(n.dir, "records"), Sources: []string{"file"}, Log: log, AllowedUnsafeSysctls: n.unsafe, Observer: &n.audit,
 	}, Deps{Runtime: n.rt, Images: n.rt, Volumes: n.vols, Objects: n.objects, Cgroups: n.groups, Events: n.events, Admit: n.verdict()})
 	done := make(chan error, 1)
 	table := n.table
@@ -136,13 +163,21 @@ func (n *node) empty() {
 	n.table.mu.Lock()
 	defer n.table.mu.Unlock()
 	i := &n.table.index
-	if len(i.workers)+len(i.uids)+len(i.ids)+len(i.told)+len(i.blocked) != 0 {
-		n.t.Errorf("left in memory: %d workers, %d uids, %d ids, %d told, %d blocked", len(i.workers), len(i.uids), len(i.ids), len(i.told), len(i.blocked))
+	if len(i.workers)+len(i.uids)+len(i.ids)+len(i.told)+len(i.blocked)+len(n.table.words) != 0 {
+		n.t.Errorf("left in memory: %d workers, %d uids, %d ids, %d told, %d blocked, %d words", len(i.workers), len(i.uids), len(i.ids), len(i.told), len(i.blocked), len(n.table.words))
+	}
+	n.table.admitted.mu.Lock()
+	defer n.table.admitted.mu.Unlock()
+	if a := &n.table.admitted; len(a.pods)+len(a.deferred) != 0 {
+		n.t.Errorf("left in memory: %d places, %d resizes that wait", len(a.pods), len(a.deferred))
 	}
 }
 
 func (n *node) invariants() {
 	n.t.Helper()
+	if what := n.audit.take(); what != "" {
+		n.t.Errorf("the audit had to heal: %s", what)
+	}
 	n.rt.mu.Lock()
 	defer n.rt.mu.Unlock()
 	for _, b := range n.rt.broken {

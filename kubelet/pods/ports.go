@@ -107,6 +107,11 @@ type Observer interface {
 	// Worked is one look of a worker at its pod: "create" for the first, "sync".
 	Worked(operation string, d time.Duration)
 	Probed(t probes.Target, k probes.Kind, result string, d time.Duration)
+	// Healed is a disagreement that the audit has found and put right: "source"
+	// of what a source said and what its pod was told, "runtime" of what runs and
+	// what was known of it, "place" of a place on the node that nobody had. Each
+	// is a fault of podd's.
+	Healed(what string)
 }
 
 // Config of a Table.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -57,6 +58,8 @@ type limits struct {
 type sources struct {
 	early  []func() // before Run had looked around
 	synced map[string]bool
+	// words are what was said last under each name, for the audit.
+	words map[types.NamespacedName]pending
 }
 
 // readers of pods; guarded by Table.mu.
@@ -89,7 +92,7 @@ func New(cfg Config, deps Deps) *Table {
 		userns:    &userns{podDir: cfg.Node.PodDir, used: map[uint64]types.UID{}},
 		recovered: make(chan struct{}),
 		limits:    limits{starts: newGate(cfg.ParallelStarts, startPatience), pulls: newGate(cfg.ParallelPulls, pullPatience)},
-		sources:   sources{synced: map[string]bool{}},
+		sources:   sources{synced: map[string]bool{}, words: map[types.NamespacedName]pending{}},
 		index: index{
 			workers: map[types.NamespacedName]*worker{}, uids: map[types.UID]*worker{}, ids: map[string]*worker{},
 			told: map[types.UID][]*worker{}, blocked: map[types.UID][]*worker{},
@@ -145,7 +148,7 @@ func (t *Table) Run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	parts.Go(func() { t.records.run(ctx) })
 	parts.Go(func() { _ = t.probes.Run(ctx) })
-	parts.Go(func() { t.dispatch(ctx, events) })
+	parts.Go(func() { t.follow(ctx, events) })
 	parts.Go(func() { t.audits(ctx) })
 	t.openUp()
 	<-ctx.Done()
@@ -233,6 +236,7 @@ func (t *Table) SetPod(source string, pod *v1.Pod) {
 			w.told = pod.UID
 			t.index.told[pod.UID] = append(t.index.told[pod.UID], w)
 		}
+		t.words[key] = pending{source, pod}
 		w.post(func() { w.set(source, pod) })
 	})
 }
@@ -242,6 +246,7 @@ func (t *Table) SetPod(source string, pod *v1.Pod) {
 // forgotten.
 func (t *Table) RemovePod(source string, uid types.UID) {
 	t.tell(func() {
+		t.unsay(source, uid)
 		for _, w := range t.index.told[uid] {
 			w.post(func() { w.remove(source, uid) })
 		}
@@ -250,6 +255,11 @@ func (t *Table) RemovePod(source string, uid types.UID) {
 			w.post(func() { w.remove(source, uid) })
 		}
 	})
+}
+
+// unsay what a source has said of a pod; t.mu is held.
+func (t *Table) unsay(source string, uid types.UID) {
+	maps.DeleteFunc(t.words, func(_ types.NamespacedName, p pending) bool { return p.source == source && p.pod.UID == uid })
 }
 
 // Synced says that source has told all it has; see manifests.Sink.
@@ -314,6 +324,9 @@ func (t *Table) retire(w *worker) bool {
 	}
 	delete(t.index.workers, w.key)
 	t.index.untell(w)
+	if said, have := t.words[w.key]; have && said.pod.DeletionTimestamp != nil {
+		delete(t.words, w.key) // it is done
+	}
 	return true
 }
 
@@ -373,15 +386,31 @@ func (t *Table) owner(id string) *worker {
 	return t.index.ids[id]
 }
 
-// dispatch hands the runtime's events to the workers they concern.
-func (t *Table) dispatch(ctx context.Context, events <-chan *runtimeapi.ContainerEventResponse) {
-	for ev := range events {
-		if w := t.owner(ev.ContainerId); w != nil {
-			w.post(func() { w.happened(ev) })
+// follow the runtime's events until ctx ends. When they end before, they are
+// asked for again, and what there is by then is looked at.
+func (t *Table) follow(ctx context.Context, events <-chan *runtimeapi.ContainerEventResponse) {
+	for n := 1; ; n++ {
+		begin := time.Now()
+		for ev := range events {
+			if w := t.owner(ev.ContainerId); w != nil {
+				w.post(func() { w.happened(ev) })
+			}
 		}
-	}
-	if ctx.Err() == nil {
-		t.log.Error("the runtime's events have ended, only the audit is left")
+		if time.Since(begin) > time.Minute {
+			n = 1
+		}
+		if ctx.Err() == nil {
+			t.log.Error("the runtime's events have ended, asking for them again")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retryDelay(n)):
+		}
+		events = t.deps.Runtime.Subscribe(ctx)
+		for _, w := range t.all() {
+			w.post(w.doubt)
+		}
 	}
 }
 

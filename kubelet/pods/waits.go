@@ -46,6 +46,8 @@ func (t *Table) Waits(ctx context.Context, namespace, name string) Waits {
 	select {
 	case a := <-answer:
 		return a
+	case <-w.ended:
+		return Waits{}
 	case <-ctx.Done():
 		return Waits{}
 	}

@@ -161,12 +161,13 @@ func (w *worker) begin() bool {
 	if w.next == nil || w.t.held.Load() || !w.t.claim(w.next.pod.UID, w) {
 		return false
 	}
-	n := w.next
+	n, word := w.next, w.next.pod
 	w.next = nil
 	if w.before.uid == n.pod.UID && status.Over(w.before.over.Phase) {
 		n.pod = withStatus(n.pod, &w.before.over) // its source may not remember that
 	}
 	l := newLife(n.source, n.pod)
+	l.word = word
 	if w.before.uid == n.pod.UID { // it was taken away and put back
 		maps.Copy(l.attempts, w.before.attempts)
 	}
