@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"context"
 	"testing"
 	"time"
 
@@ -17,7 +18,7 @@ func TestTerminalIsFinalForPodsOfAnAPI(t *testing.T) {
 		n.table.Synced("file")
 	}
 	for how, then := range map[string]func(t *testing.T, n *node, p *v1.Pod){
-		"the shutdown is called off": func(_ *testing.T, n *node, p *v1.Pod) { n.table.Hold(false) },
+		"the shutdown is called off": func(_ *testing.T, n *node, p *v1.Pod) { n.table.Hold(context.Background(), false) },
 		"next boot":                  func(_ *testing.T, n *node, p *v1.Pod) { n.stop(); n.start(); told(n, p) },
 		"kill -9":                    func(_ *testing.T, n *node, p *v1.Pod) { n.crash(); n.start(); told(n, p) },
 		"kill -9, record lost": func(_ *testing.T, n *node, p *v1.Pod) {
@@ -30,14 +31,14 @@ func TestTerminalIsFinalForPodsOfAnAPI(t *testing.T) {
 			told(n, p)
 		},
 		"another spec": func(_ *testing.T, n *node, p *v1.Pod) {
-			n.table.Hold(false)
+			n.table.Hold(context.Background(), false)
 			p = p.DeepCopy()
 			p.Generation++
 			p.Spec.Containers[0].Image = "img:2"
 			told(n, p)
 		},
 		"a user restarts it": func(t *testing.T, n *node, p *v1.Pod) {
-			n.table.Hold(false)
+			n.table.Hold(context.Background(), false)
 			if err := n.table.Restart(t.Context(), "default", "web", ""); err == nil {
 				t.Error("it can be restarted")
 			}
@@ -52,7 +53,7 @@ func TestTerminalIsFinalForPodsOfAnAPI(t *testing.T) {
 					after(5 * time.Second)
 					switch end {
 					case "shutdown":
-						n.table.Hold(true)
+						n.table.Hold(context.Background(), true)
 						n.table.Terminate(t.Context(), "default", "web", time.Second, status.Cause{Reason: "Terminated", Message: "going down"})
 					case "evicted":
 						n.table.Evict("u1", "too much")

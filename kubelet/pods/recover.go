@@ -37,10 +37,13 @@ func (t *Table) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if dirs, err := t.deps.Volumes.Pods(); err == nil {
-		for _, problem := range t.userns.recover(dirs) {
-			t.log.Error("pod's user ids are not known", "error", problem)
-		}
+	dirs, err := t.deps.Volumes.Pods()
+	if err != nil {
+		// Without them user ids that are in use would be given away once more.
+		return fmt.Errorf("see which pods have a directory: %w", err)
+	}
+	for _, problem := range t.userns.recover(dirs) {
+		t.log.Error("pod's user ids are not known", "error", problem)
 	}
 	mine := map[types.UID][]*runtimeapi.PodSandbox{}
 	for _, s := range sandboxes {

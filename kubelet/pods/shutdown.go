@@ -41,9 +41,16 @@ func (w *worker) critical() bool {
 
 // Hold keeps pods from being begun, and those that were stopped by Terminate
 // from beginning again, until it is told false: then all that should run runs.
-func (t *Table) Hold(on bool) {
+// It returns when Pods shows all that have begun, those of the last run too, or
+// when ctx ends.
+func (t *Table) Hold(ctx context.Context, on bool) {
 	t.held.Store(on)
 	if on {
+		select {
+		case <-t.recovered:
+			_ = t.Alive(ctx) // who was about to begin has begun
+		case <-ctx.Done():
+		}
 		return
 	}
 	for _, w := range t.all() {

@@ -1,12 +1,14 @@
 package pods
 
 import (
+	"context"
 	"testing"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podd-runtime/podd/kubelet/admission"
 	"github.com/podd-runtime/podd/kubelet/status"
 )
 
@@ -18,7 +20,7 @@ func TestTerminate(t *testing.T) {
 		bubble(t, func(t *testing.T, n *node) {
 			n.set(mkpod("web", "u1"))
 			after(5 * time.Second)
-			n.table.Hold(true)
+			n.table.Hold(context.Background(), true)
 			cause := status.Cause{Reason: "Terminated", Message: "going down"}
 			if err := n.table.Terminate(t.Context(), "default", "web", time.Second, cause); err != nil {
 				t.Fatal(err)
@@ -36,7 +38,7 @@ func TestTerminate(t *testing.T) {
 				t.Fatal("pods began while the node goes down")
 			}
 			if how == "called off" {
-				n.table.Hold(false)
+				n.table.Hold(context.Background(), false)
 			} else {
 				n.stop()
 				n.start()
@@ -88,5 +90,40 @@ func TestStopAllKeepsOrder(t *testing.T) {
 		if len(n.rt.live("default/dns")) != 0 {
 			t.Fatal("still running")
 		}
+	})
+}
+
+// TestHoldMissesNoPod: what has begun is listed when Hold returns, though it
+// began a moment ago, or podd did.
+func TestHoldMissesNoPod(t *testing.T) {
+	listed := func(t *testing.T, n *node) {
+		t.Helper()
+		n.table.Hold(t.Context(), true)
+		if len(n.table.Pods()) != 1 {
+			t.Errorf("listed: %v", n.table.Pods())
+		}
+	}
+	placed(t, func(t *testing.T, n *node) { // between its turn and its first status
+		decide := n.admit
+		n.admit = func(pod *v1.Pod, others []*v1.Pod) admission.Verdict {
+			time.Sleep(time.Second)
+			return decide(pod, others)
+		}
+		n.set(mkpod("web", "u1"))
+		time.Sleep(500 * time.Millisecond)
+		listed(t, n)
+	})
+	bubble(t, func(t *testing.T, n *node) { // while the runtime is asked what runs
+		n.set(mkpod("web", "u1"))
+		after(5 * time.Second)
+		n.stop()
+		n.rt.setFault(func(_ context.Context, call, _ string) error {
+			if call == "ListPodSandbox" {
+				time.Sleep(3 * time.Second)
+			}
+			return nil
+		})
+		n.start()
+		listed(t, n)
 	})
 }

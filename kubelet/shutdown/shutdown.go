@@ -22,8 +22,9 @@ const (
 // Pods of the node.
 type Pods interface {
 	Pods() []*v1.Pod
-	// Hold keeps pods from beginning until it is told false.
-	Hold(bool)
+	// Hold keeps pods from beginning until it is told false. When it returns,
+	// Pods has all that have begun, unless ctx has ended.
+	Hold(ctx context.Context, on bool)
 	// Terminate ends a pod and returns when it is down.
 	Terminate(ctx context.Context, namespace, name string, grace time.Duration, cause status.Cause) error
 }
@@ -59,7 +60,8 @@ const (
 	// reconnectMax where nothing answers: a host without D-Bus is no fault.
 	reconnectMax = 5 * time.Minute
 	// settle is how long logind may take to answer, and to heed its new
-	// configuration. One that hangs is asked again on another connection.
+	// configuration: one that hangs is asked again on another connection. The
+	// pods have as long to say which of them run.
 	settle = 10 * time.Second
 	// slack is what the end of a step takes beyond the grace of its pods.
 	slack = time.Second
@@ -146,7 +148,7 @@ func (f *follower) turn(ctx context.Context, m Machine, down bool) error {
 	if !down {
 		f.Event("NodeShutdown", "Shutdown manager detected shutdown cancellation")
 		f.Log.Info("shutdown called off, pods begin again")
-		f.Pods.Hold(false)
+		f.Pods.Hold(ctx, false)
 		f.held = false
 		return f.delay(ctx, m)
 	}
@@ -202,7 +204,9 @@ func raise(ctx context.Context, cfg Config, m Machine) error {
 // Pods have ended when their processes, mounts and network are gone.
 func Down(ctx context.Context, cfg Config) {
 	begin := time.Now()
-	cfg.Pods.Hold(true)
+	within, cancel := context.WithTimeout(ctx, settle)
+	cfg.Pods.Hold(within, true)
+	cancel()
 	groups := Group(cfg.Steps, cfg.Pods.Pods())
 	for i, step := range cfg.Steps {
 		group := groups[i]

@@ -92,8 +92,8 @@ func (n *node) say(format string, args ...any) {
 	n.said = append(n.said, fmt.Sprintf(format, args...))
 }
 
-func (n *node) Pods() []*v1.Pod { return n.list }
-func (n *node) Hold(on bool)    { n.say("hold %v", on) }
+func (n *node) Pods() []*v1.Pod                 { return n.list }
+func (n *node) Hold(_ context.Context, on bool) { n.say("hold %v", on) }
 func (n *node) Terminate(ctx context.Context, _, name string, grace time.Duration, cause status.Cause) error {
 	n.say("end %s %s %s", name, grace, cause.Reason)
 	if name == n.hang {
