@@ -35,7 +35,7 @@ func TestAuditHealsWhatWasLost(t *testing.T) {
 					next := pod.DeepCopy()
 					next.Spec.Containers[0].Image = "img:2"
 					n.table.mu.Lock()
-					n.table.words[w.key] = pending{"file", next}
+					n.table.words[w.key] = pending{source: "file", pod: next}
 					n.table.mu.Unlock()
 				})
 			},
@@ -68,7 +68,7 @@ func TestAuditHealsWhatWasLost(t *testing.T) {
 			func(n *node, pod *v1.Pod) {
 				n.inside("web", func(w *worker, l *life) {
 					n.table.mu.Lock()
-					n.table.words[w.key] = pending{"file", deleted(pod, 1)}
+					n.table.words[w.key] = pending{source: "file", pod: deleted(pod, 1)}
 					n.table.mu.Unlock()
 				})
 			},
@@ -78,7 +78,7 @@ func TestAuditHealsWhatWasLost(t *testing.T) {
 			func(n *node, pod *v1.Pod) {
 				n.inside("web", func(w *worker, l *life) {
 					n.table.mu.Lock()
-					n.table.words[w.key] = pending{"file", mkpod("web", "u2")}
+					n.table.words[w.key] = pending{source: "file", pod: mkpod("web", "u2")}
 					n.table.mu.Unlock()
 				})
 			},

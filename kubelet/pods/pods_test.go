@@ -95,11 +95,11 @@ func (n *node) start() {
 }
 
 // verdict on pods by n.admit; nil: all are taken.
-func (n *node) verdict() func(context.Context, *v1.Pod, []*v1.Pod) admission.Verdict {
+func (n *node) verdict() func(*v1.Pod, []*v1.Pod) admission.Verdict {
 	if n.admit == nil {
 		return nil
 	}
-	return func(_ context.Context, pod *v1.Pod, others []*v1.Pod) admission.Verdict { return n.admit(pod, others) }
+	return func(pod *v1.Pod, others []*v1.Pod) admission.Verdict { return n.admit(pod, others) }
 }
 
 func mkpod(name, uid string, mods ...func(*v1.Pod)) *v1.Pod {

@@ -236,7 +236,7 @@ func (t *Table) SetPod(source string, pod *v1.Pod) {
 			w.told = pod.UID
 			t.index.told[pod.UID] = append(t.index.told[pod.UID], w)
 		}
-		t.words[key] = pending{source, pod}
+		t.words[key] = pending{source: source, pod: pod}
 		w.post(func() { w.set(source, pod) })
 	})
 }
