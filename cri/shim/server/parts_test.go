@@ -206,7 +206,7 @@ func TestFDStoreLosesNothingForLackOfDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	failed := 0
-	for more := range uint64(400) { // others of this process may be in the way
+	for more := range uint64(1000) { // numbers, of which some are taken
 		next, err := unix.FcntlInt(uintptr(null), unix.F_DUPFD_CLOEXEC, 0) // the lowest that is free
 		if err != nil {
 			t.Fatal(err)
@@ -232,7 +232,7 @@ func TestFDStoreLosesNothingForLackOfDescriptors(t *testing.T) {
 			break
 		}
 	}
-	if failed < 30 {
+	if failed < 10 {
 		t.Errorf("only %d drops failed", failed)
 	}
 	s.gone = map[[2]string]bool{{"c4", "stdout"}: true} // of a drop that failed
