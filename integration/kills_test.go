@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -93,7 +94,11 @@ func (k *kills) begin() {
 		k.writers = append(k.writers, name)
 		k.Write(name+".yaml", pod(name, "", "lines", "5ms"))
 	}
-	k.WaitRunning(k.writers...)
+	names := slices.Clone(k.writers)
+	for _, m := range k.members {
+		names = append(names, m.name)
+	}
+	k.WaitRunning(names...) // a first start without room would fail, which counts
 	node.Await(k.t, "the writers' programs", 20*second, func() bool {
 		k.pids = k.Processes("/testserver lines 5ms")
 		return len(k.pids) == len(k.writers)
