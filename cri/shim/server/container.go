@@ -42,6 +42,8 @@ type container struct {
 	oom   *oomWatch
 	execs map[*execution]struct{}
 	way   *passage // into a shared PID namespace, from creation to start
+	// helm is closed at its other end by init's execve; nil after a restart.
+	helm *confine.Helm
 
 	hold hold
 }
@@ -330,6 +332,9 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	if err != nil {
 		return err
 	}
+	c.mu.Lock()
+	c.helm = helm
+	c.mu.Unlock()
 	defer helmInit.Close()
 	process.ExtraFiles = []*os.File{orderFile, helmInit}
 	if root != nil {
@@ -337,13 +342,10 @@ func (c *container) create(ctx context.Context, spec *shim.ContainerSpec) (err e
 	}
 	var way *passage
 	if c.rec.SharesPIDs {
-		if way, err = c.enterPassage(ctx, helm); err != nil {
-			helm.Close()
+		if way, err = c.enterPassage(ctx); err != nil {
 			return err
 		}
 		undo.add("passage", func() error { way.end(); return nil })
-	} else {
-		defer helm.Close()
 	}
 
 	end := s.reaper.begin()
@@ -551,19 +553,45 @@ func (c *container) release(ctx context.Context) error {
 	return c.executed(pidfd)
 }
 
-// executed ends the container's passage when its program is being executed.
+// executed waits until init has become the container's program, or has ended,
+// and ends the container's passage. Before that the container takes no exec:
+// threads of init that wait for the execve have the node's privileges, and an
+// exec that may trace could use them.
 func (c *container) executed(pidfd int) error {
 	c.mu.Lock()
-	way := c.way
+	way, helm := c.way, c.helm
 	c.mu.Unlock()
-	if way == nil {
-		return nil
+	over := func() bool { return helm.Closed(pidfd, startPatience) }
+	if helm == nil { // of a shim that has died
+		over = func() bool { return c.becameProgram(pidfd) }
 	}
-	if err := way.executed(pidfd); err != nil {
-		return err // what ends init ends the passage
+	if !over() {
+		c.killInit() // which ends the passage
+		return fmt.Errorf("init does not execute the program: %w", errdefs.ErrUnavailable)
 	}
 	way.end()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closeHelm()
 	return nil
+}
+
+// becameProgram asks until init has another name, or has ended.
+func (c *container) becameProgram(pidfd int) bool {
+	for deadline := time.Now().Add(startPatience); time.Now().Before(deadline); {
+		if ended(pidfd, time.Millisecond) || c.hasStarted() {
+			return true
+		}
+	}
+	return false
+}
+
+// closeHelm is called with c.mu held.
+func (c *container) closeHelm() {
+	if c.helm != nil {
+		c.helm.Close()
+		c.helm = nil
+	}
 }
 
 // onExit runs once when init has ended and is reaped.
@@ -633,6 +661,7 @@ func (c *container) closeStreams() {
 		c.tty.Close()
 	}
 	c.in, c.tty = nil, nil
+	c.closeHelm()
 	if c.pidfd >= 0 {
 		c.w.remove()
 		unix.Close(c.pidfd)

@@ -364,3 +364,21 @@ func eventually(t *testing.T, what string, is func() bool) {
 		}
 	}
 }
+
+// TestExecMeetsNoInit: once a container is told to be started its program runs,
+// so that an exec, which may trace, finds nothing of the runtime in it.
+func TestExecMeetsNoInit(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	for range 20 {
+		s := n.containerSpec(box, "exec sleep 1000")
+		p := n.run(s)
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.PID))
+		if err != nil || strings.Contains(exe, "podd-shim") || strings.HasPrefix(exe, "/memfd:") {
+			t.Errorf("right after the start the container runs %q, %v", exe, err)
+		}
+		if err := n.Delete(n.ctx(), s.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

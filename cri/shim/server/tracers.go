@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podd-runtime/podd/cri/shim"
-	"github.com/podd-runtime/podd/cri/shim/internal/confine"
 )
 
 // A container whose PID namespace is its pod's or another container's is set
@@ -50,7 +49,6 @@ type passage struct {
 	c     *container
 	box   *sandbox
 	held  []*container
-	helm  *confine.Helm // closed by init's execve
 	timer *time.Timer
 	once  sync.Once
 }
@@ -97,7 +95,7 @@ func (b *execBase) privileged() bool {
 }
 
 // enterPassage freezes the pod's tracers. The passage must be ended.
-func (c *container) enterPassage(ctx context.Context, helm *confine.Helm) (_ *passage, err error) {
+func (c *container) enterPassage(ctx context.Context) (_ *passage, err error) {
 	box, err := c.s.sandbox(c.rec.Process.SandboxID)
 	if err != nil {
 		return nil, err
@@ -105,7 +103,7 @@ func (c *container) enterPassage(ctx context.Context, helm *confine.Helm) (_ *pa
 	if err := box.starts.lock(ctx); err != nil {
 		return nil, fmt.Errorf("start of another container in the same PID namespace: %w", err)
 	}
-	p := &passage{c: c, box: box, helm: helm}
+	p := &passage{c: c, box: box}
 	for _, other := range c.s.containersOf(box.rec.Process.ID) {
 		if other == c || !other.tracer() {
 			continue
@@ -128,15 +126,6 @@ func (p *passage) arm() {
 	})
 }
 
-// executed waits until init has become the container's program, or has ended.
-func (p *passage) executed(pidfd int) error {
-	if p.helm.Closed(pidfd, startPatience) {
-		return nil
-	}
-	p.c.killInit()
-	return fmt.Errorf("init does not execute the program: %w", errdefs.ErrUnavailable)
-}
-
 // end lets the tracers go on. There must be no init any more.
 func (p *passage) end() {
 	if p == nil {
@@ -146,7 +135,6 @@ func (p *passage) end() {
 		if p.timer != nil {
 			p.timer.Stop()
 		}
-		p.helm.Close()
 		for _, other := range p.held {
 			other.hold.end(other)
 		}
