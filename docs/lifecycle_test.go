@@ -10,13 +10,20 @@ import (
 
 var (
 	cited    = regexp.MustCompile("`([a-z/]+)\\.(Test[A-Za-z0-9]+)`")
+	heads    = map[string]bool{"| Behaviour | Held by |": true, "| id | who | what | what holds it | test |": true}
 	declared = regexp.MustCompile(`(?m)^func (Test[A-Za-z0-9]+)\(`)
 )
 
 // TestLifecycleNamesTestsThatExist: the page cites no test that was renamed or
-// removed, and every line of its tables cites one.
-func TestLifecycleNamesTestsThatExist(t *testing.T) {
-	page, err := os.ReadFile("lifecycle.md")
+// removed.
+func TestLifecycleNamesTestsThatExist(t *testing.T) { citesTests(t, "lifecycle.md", 100) }
+
+// TestThreatsNameTestsThatExist: what is held against an attack is held by one.
+func TestThreatsNameTestsThatExist(t *testing.T) { citesTests(t, "threats.md", 25) }
+
+func citesTests(t *testing.T, name string, least int) {
+	t.Helper()
+	page, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +49,7 @@ func TestLifecycleNamesTestsThatExist(t *testing.T) {
 		}
 	}
 	tests := cited.FindAllSubmatch(page, -1)
-	if len(tests) < 100 {
+	if len(tests) < least {
 		t.Errorf("the page cites %d tests only", len(tests))
 	}
 	for _, m := range tests {
@@ -51,7 +58,7 @@ func TestLifecycleNamesTestsThatExist(t *testing.T) {
 		}
 	}
 	for _, row := range regexp.MustCompile(`(?m)^\| .*$`).FindAll(page, -1) {
-		if string(row) != "| Behaviour | Held by |" && !cited.Match(row) {
+		if !heads[string(row)] && !cited.Match(row) {
 			t.Errorf("no test holds %s", row)
 		}
 	}
