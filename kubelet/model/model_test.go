@@ -1,0 +1,126 @@
+// Package model is a test of the order in which things happen. A world of one
+// node is made in memory, with an apiserver, a runtime, logind, a disk and a
+// clock, and in it podd's own packages run: pods.Table, apiserver.Pods and
+// shutdown.Run. What happens to it is drawn at random (operations_test.go), in
+// virtual time, and the laws that must hold in every order are checked as it
+// goes (truth_test.go) and whenever it has settled (laws_test.go).
+//
+//	PODD_TEST_SEED=n  one history again, with its story
+//	PODD_TEST_ALL=1   a hundred thousand histories, or ten minutes of them
+//
+// A bug that is found becomes a history with a name, in named_test.go.
+package model
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+const (
+	// short and long are how long histories are drawn for.
+	short, long = 20 * time.Second, 10 * time.Minute
+	// enough histories in the long form.
+	enough = 100_000
+	// steps of a round; after each round the world settles.
+	steps = 25
+)
+
+func TestHistories(t *testing.T) {
+	if s := os.Getenv("PODD_TEST_SEED"); s != "" {
+		replay(t, s)
+		return
+	}
+	limit := short
+	if os.Getenv("PODD_TEST_ALL") != "" {
+		limit = long
+	}
+	first, begin := rand.Uint64()>>20, time.Now()
+	var drawn, failed atomic.Uint64
+	t.Logf("first seed %d", first)
+	t.Cleanup(func() {
+		n := drawn.Load()
+		t.Logf("%d histories from seed %d on, %.0f a second", n, first, float64(n)/time.Since(begin).Seconds())
+	})
+	for i := range runtime.GOMAXPROCS(0) {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			for failed.Load() < 3 && time.Since(begin) < limit {
+				n := drawn.Add(1) - 1
+				if n >= enough {
+					return
+				}
+				if !draw(t, first+n, false) {
+					failed.Add(1)
+				}
+			}
+		})
+	}
+}
+
+// replay a history, until it fails once more: what the packages themselves roll
+// or leave to the scheduler is not in the seed.
+func replay(t *testing.T, s string) {
+	seed, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		t.Fatalf("PODD_TEST_SEED: %v", err)
+	}
+	for n := range 20 {
+		if !draw(t, seed, n == 19) {
+			t.Logf("seen the %d. time", n+1)
+			return
+		}
+	}
+}
+
+// draw one history and say whether all laws hold.
+func draw(t *testing.T, seed uint64, tell bool) (ok bool) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, seed)
+		h := &history{world: w, r: rand.New(rand.NewPCG(seed, 1))}
+		h.live()
+		broken := w.breaches()
+		if ok = len(broken) == 0; ok && !tell {
+			return
+		}
+		t.Logf("the story of history %d:\n%s", seed, w.telling())
+		for _, b := range broken {
+			t.Errorf("history %d: %s", seed, b)
+		}
+		if !ok {
+			t.Errorf("again: PODD_TEST_SEED=%d go test -run TestHistories ./kubelet/model", seed)
+		}
+	})
+	return ok
+}
+
+// live a history from its beginning to its end.
+func (h *history) live() {
+	h.api.listsOnly = h.r.IntN(2) == 0
+	h.begin()
+	defer h.end()
+	for range 1 + h.r.IntN(2) {
+		h.setCalm(false)
+		for range h.r.IntN(steps) {
+			if h.step(); len(h.breaches()) > 0 {
+				return
+			}
+		}
+		if h.settle(bound); h.unsound() {
+			return
+		}
+	}
+	h.empty()
+}
+
+// unsound says that a law is broken, when all of them have been checked.
+func (h *history) unsound() bool {
+	h.check()
+	return len(h.breaches()) > 0
+}
