@@ -80,7 +80,7 @@ func (t *Table) Watch(ctx context.Context, resourceVersion string) <-chan watch.
 	initial := func() []feed.Item {
 		var items []feed.Item
 		for key, w := range t.index.workers {
-			if p := w.published.Load(); p != nil {
+			if p := w.published.Load(); p != nil && !w.quiet.Load() {
 				items = append(items, feed.Item{Key: key.String(), Event: watch.Event{Type: watch.Added, Object: p}})
 			}
 		}

@@ -57,6 +57,7 @@ func (w *worker) startContainer(l *life, a Action) {
 		if err == nil {
 			return func() {
 				delete(l.failures, c.Name)
+				delete(l.failedStarts, c.Name)
 				delete(l.o.Forced, c.Name)
 				if c.ImagePullPolicy == v1.PullAlways {
 					delete(l.o.Images, c.Name)
@@ -70,6 +71,7 @@ func (w *worker) startContainer(l *life, a Action) {
 		w.t.deps.Events.Eventf(spec.Ref(s.pod, c.Name), v1.EventTypeWarning, "Failed", "Error: %s", e.Error())
 		return func() {
 			l.failures[c.Name] = v1.ContainerStateWaiting{Reason: e.reason, Message: e.Error()}
+			l.failedStarts[c.Name] = s.attempt
 			delete(l.o.Images, c.Name) // it may have been removed meanwhile
 			l.o.Stale = true
 		}, err

@@ -102,7 +102,7 @@ func (f *fakeRuntime) enter(ctx context.Context, call, subject string) error {
 // note what happens, for the story of a breach.
 func (f *fakeRuntime) note(format string, args ...any) {
 	f.history = append(f.history, time.Now().Format("04:05.000 ")+fmt.Sprintf(format, args...))
-	if len(f.history) > 150 {
+	if len(f.history) > 600 {
 		f.history = f.history[50:]
 	}
 }
@@ -265,6 +265,7 @@ func (f *fakeRuntime) StartContainer(ctx context.Context, r *runtimeapi.StartCon
 	}
 	c.state, c.start = runtimeapi.ContainerState_CONTAINER_RUNNING, time.Now()
 	f.started[f.podOf(c)+"/"+c.cfg.Metadata.Name]++
+	f.started[c.cfg.Labels[spec.LabelPodUID]]++
 	if f.ends != nil {
 		if after, code, ok := f.ends(c.cfg); ok {
 			time.AfterFunc(after, func() { f.exit(c.id, code) })

@@ -98,7 +98,7 @@ func (w *worker) finish(l *life, st *v1.PodStatus) {
 // source says, but for containers of another image. All else of what the runtime
 // tells is no spec to compare with.
 func (w *worker) recognize(l *life, pod *v1.Pod) {
-	l.bare = false
+	l.inherit(pod)
 	for i := range l.o.Containers {
 		name := l.o.Containers[i].Name
 		was, is := spec.Container(l.d.Pod, name), spec.Container(pod, name)
@@ -114,6 +114,15 @@ func (w *worker) recognize(l *life, pod *v1.Pod) {
 	}
 	l.d.Pod = pod
 	w.fill(l)
+}
+
+// inherit what its apiserver knows of a pod that has no record here: it is where
+// its status goes on from.
+func (l *life) inherit(pod *v1.Pod) {
+	if l.bare && fromAPI(pod) {
+		l.status = *pod.Status.DeepCopy()
+	}
+	l.bare = false
 }
 
 // fill in what only the source's spec tells of containers without a record:
@@ -136,6 +145,7 @@ func (w *worker) delete(l *life, source string, pod *v1.Pod) {
 	w.next = nil
 	l.source, l.word, l.d.Pod, l.asked = source, pod, pod, nil
 	l.d.Held, l.heard = false, nil
+	l.inherit(pod)
 	if s := l.d.Stop; s != nil && s.Forget && !time.Now().Add(podGrace(pod)).Before(s.deadline()) {
 		return // told once more
 	}

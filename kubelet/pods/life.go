@@ -65,9 +65,12 @@ type made struct {
 type tries struct {
 	// failures are why containers could not be started last time.
 	failures map[string]v1.ContainerStateWaiting
-	fails    map[string]int     // in a row, by key
-	attempts map[string]int32   // the next one, by container
-	pulls    map[string]Backoff // by container
+	// failedStarts are which attempts those were: one that turns out to have
+	// started, though its call has failed, did not fail.
+	failedStarts map[string]int32
+	fails        map[string]int     // in a row, by key
+	attempts     map[string]int32   // the next one, by container
+	pulls        map[string]Backoff // by container
 	// starts are the ops that start an instance, by its id, until it has started.
 	starts map[string]*op
 }
@@ -107,7 +110,7 @@ func newLife(source string, pod *v1.Pod) *life {
 		ops: map[string]*op{}, probed: map[string]bool{},
 		made: made{applied: map[string]*v1.Container{}},
 		tries: tries{
-			failures: map[string]v1.ContainerStateWaiting{}, fails: map[string]int{},
+			failures: map[string]v1.ContainerStateWaiting{}, fails: map[string]int{}, failedStarts: map[string]int32{},
 			attempts: map[string]int32{}, pulls: map[string]Backoff{}, starts: map[string]*op{},
 		},
 		recovered: recovered{restored: map[string]probes.State{}},
@@ -154,6 +157,10 @@ func (l *life) seen(c *status.Container) {
 	next := c.Attempt
 	if c.State != status.Created {
 		next++
+	}
+	if at, failed := l.failedStarts[c.Name]; failed && c.Attempt >= at && !c.StartedAt.IsZero() {
+		delete(l.failures, c.Name)
+		delete(l.failedStarts, c.Name)
 	}
 	l.attempts[c.Name] = max(l.attempts[c.Name], next)
 }

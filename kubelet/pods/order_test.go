@@ -243,3 +243,32 @@ func TestPodThatComesBackUnderItsUID(t *testing.T) {
 		}
 	}
 }
+
+// A container that has started, though the call that started it has failed, is
+// shown as what it is: the answer was lost, not the container.
+func TestStartWhoseAnswerIsLost(t *testing.T) {
+	for _, in := range []string{"regular", "init"} {
+		bubble(t, func(t *testing.T, n *node) {
+			n.rt.ends = func(c *runtimeapi.ContainerConfig) (time.Duration, int32, bool) {
+				return time.Second, 0, c.Metadata.Name == "first"
+			}
+			lost := false
+			n.rt.setFault(func(_ context.Context, call, _ string) error {
+				if call == "StartContainer!" && !lost {
+					lost = true
+					return errors.New("connection reset")
+				}
+				return nil
+			})
+			pod := mkpod("web", "u1")
+			if in == "init" {
+				pod.Spec.InitContainers = []v1.Container{container("first")}
+			}
+			n.set(pod)
+			after(time.Minute)
+			if st := n.get("web").Status; st.Phase != v1.PodRunning || !n.ready("web") || n.rt.starts("default/web/a") != 1 || n.rt.starts("default/web/first") > 1 {
+				t.Errorf("%s: %+v", in, st)
+			}
+		})
+	}
+}

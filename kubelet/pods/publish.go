@@ -17,6 +17,9 @@ import (
 // publish the pod as it is now to readers, watchers and disk, when anything
 // of it has changed.
 func (w *worker) publish(l *life) {
+	if l.unseen && l.bare {
+		return // nobody has said anything of it yet
+	}
 	st := status.Compute(l.d.Pod, l.observed(w.t.cfg.Node.HostIPs), &l.status, time.Now())
 	if l.unseen {
 		st = l.status // as it was, until the runtime has told how it is
@@ -74,14 +77,33 @@ func (w *worker) show(l *life, have *v1.Pod) {
 		grace := int64(s.Grace / time.Second)
 		pod.DeletionGracePeriodSeconds = &grace
 	}
+	if l.bare {
+		// It is listed, for who looks for what runs; what is told of it is what
+		// its source's pod is like.
+		pod.ResourceVersion = "0"
+		w.quiet.Store(true)
+		w.published.Store(pod)
+		return
+	}
 	typ := watch.Modified
-	if have == nil || have.UID != pod.UID {
+	if w.quiet.Swap(false) {
+		typ, have = watch.Added, nil
+	} else if have == nil || have.UID != pod.UID {
 		typ = watch.Added
 		if have != nil {
 			w.t.emit(w, watch.Deleted, have)
 		}
 	}
 	w.t.emit(w, typ, pod)
+}
+
+// gone tells readers that the pod under the name is not there any more.
+func (t *Table) gone(w *worker, pod *v1.Pod) {
+	if w.quiet.Swap(false) {
+		w.published.Store(nil)
+		return
+	}
+	t.emit(w, watch.Deleted, pod)
 }
 
 // record of the life, a value that does not change any more.

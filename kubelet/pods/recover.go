@@ -16,7 +16,6 @@ import (
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/watch"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
@@ -230,9 +229,6 @@ func (t *Table) skeleton(uid types.UID, s *runtimeapi.PodSandbox, containers []*
 	t.log.Warn("pod has no record, it is known by what the runtime says", "pod", pod.Namespace+"/"+pod.Name, "uid", uid)
 	return &record{Version: recordVersion, Source: s.Annotations[annManaged], Pod: pod, Started: time.Unix(0, s.CreatedAt)}
 }
-
-// gone tells readers that the pod under the name is not there any more.
-func (t *Table) gone(w *worker, pod *v1.Pod) { t.emit(w, watch.Deleted, pod) }
 
 // sweep removes what is left of pods that nobody knows: directories with their
 // logs, cgroups and log links. Logs alone may be those of somebody else who

@@ -38,6 +38,8 @@ type worker struct {
 
 	// published is the pod as readers see it; nil before the first time.
 	published atomic.Pointer[v1.Pod]
+	// quiet: what is published was told to no watcher, see show.
+	quiet atomic.Bool
 
 	lives   []*life // [0] is driven, the others wait for it to be gone
 	next    *pending
