@@ -88,9 +88,7 @@ func (l *life) final() bool { return fromAPI(l.d.Pod) && status.Over(l.status.Ph
 // finish a pod that its apiserver says is over.
 func (w *worker) finish(l *life, st *v1.PodStatus) {
 	w.log.Info("pod is over by its apiserver's word", "uid", l.d.Pod.UID, "phase", st.Phase, "reason", st.Reason)
-	l.status.Phase, l.status.Reason, l.status.Message = st.Phase, st.Reason, st.Message
-	l.o.Completed = true
-	w.t.admitted.leaves(l.d.Pod.UID)
+	w.conclude(l, st)
 	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: st.Reason, Message: st.Message, Failed: true})
 }
 
@@ -112,8 +110,20 @@ func (w *worker) recognize(l *life, pod *v1.Pod) {
 			l.o.Changed[name] = true
 		}
 	}
-	l.d.Pod = pod
+	if l.d.Pod = pod; fromAPI(pod) {
+		l.d.Pod = asReported(pod)
+	}
+	if !l.o.Completed {
+		w.t.admitted.keeps(l.counted())
+	}
 	w.fill(l)
+}
+
+// conclude that a pod is over, as that status says.
+func (w *worker) conclude(l *life, st *v1.PodStatus) {
+	l.status.Phase, l.status.Reason, l.status.Message = st.Phase, st.Reason, st.Message
+	l.o.Completed = true
+	w.t.admitted.leaves(l.d.Pod.UID)
 }
 
 // inherit what its apiserver knows of a pod that has no record here: it is where
@@ -143,9 +153,17 @@ func hasPostStart(c *v1.Container) bool { return c.Lifecycle != nil && c.Lifecyc
 // more: nothing is started for a pod that goes.
 func (w *worker) delete(l *life, source string, pod *v1.Pod) {
 	w.next = nil
-	l.source, l.word, l.d.Pod, l.asked = source, pod, pod, nil
-	l.d.Held, l.heard = false, nil
+	has := l.d.Pod
+	if l.bare {
+		has = pod
+	}
 	l.inherit(pod)
+	l.source, l.word = source, pod
+	l.asked, l.d.Pod = pod, withResources(pod, has) // it keeps what it has to the end
+	l.d.Held, l.heard = false, nil
+	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() {
+		w.conclude(l, &pod.Status)
+	}
 	if s := l.d.Stop; s != nil && s.Forget && !time.Now().Add(podGrace(pod)).Before(s.deadline()) {
 		return // told once more
 	}

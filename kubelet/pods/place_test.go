@@ -145,3 +145,33 @@ func TestDeferredResizeGetsWhatOthersLeave(t *testing.T) {
 		})
 	}
 }
+
+// Pods whose records are lost have their places all the same, with what they had
+// and not with what could never be given to them.
+func TestPodsWithoutRecordsHaveTheirPlaces(t *testing.T) {
+	placed(t, func(t *testing.T, n *node) {
+		n.set(mkpod("web", "u1", ofAPI, sized("2", "64Mi")))
+		after(5 * time.Second)
+		greedy := resized(n.get("web"), "100", "64Mi")
+		n.set(greedy)
+		after(5 * time.Second)
+		st := n.get("web").Status
+		n.crash()
+		n.wipeRecords()
+		n.start()
+		greedy = greedy.DeepCopy()
+		ofAPI(greedy)
+		greedy.Status = st
+		n.set(greedy)
+		after(5 * time.Second)
+		if c := condition(n.get("web"), v1.PodResizePending); c == nil || c.Reason != v1.PodReasonInfeasible || n.rt.starts("default/web/a") != 1 {
+			t.Errorf("condition %+v", c)
+		}
+		n.table.SetPod("file", mkpod("small", "u2", ofAPI, sized("2", "64Mi")))
+		n.table.SetPod("file", mkpod("big", "u3", ofAPI, sized("3", "64Mi")))
+		after(5 * time.Second)
+		if !n.ready("small") || n.reason("big") != admission.OutOfCPU {
+			t.Errorf("small: %+v, big: %q", n.get("small").Status, n.reason("big"))
+		}
+	})
+}

@@ -56,6 +56,22 @@ func withResources(pod, from *v1.Pod) *v1.Pod {
 	return out
 }
 
+// asReported is pod with the resources that its containers had when their status
+// was reported last: a resize of it may not have been allocated.
+func asReported(pod *v1.Pod) *v1.Pod {
+	out := pod.DeepCopy()
+	for c := range podutil.ContainerIter(&out.Spec, podutil.InitContainers|podutil.Containers) {
+		for _, list := range [][]v1.ContainerStatus{pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses} {
+			for i := range list {
+				if s := &list[i]; s.Name == c.Name && s.Resources != nil {
+					c.Resources = keepResizable(c.Resources, *s.Resources)
+				}
+			}
+		}
+	}
+	return out
+}
+
 // keepResizable is r with the CPU and memory of another.
 func keepResizable(r, from v1.ResourceRequirements) v1.ResourceRequirements {
 	merge := func(r, from v1.ResourceList) v1.ResourceList {
