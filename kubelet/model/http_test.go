@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -36,6 +37,8 @@ var codecs = func() serializer.CodecFactory {
 type conn struct {
 	s    *server
 	dead <-chan struct{} // closed when podd is killed
+	// listed is the restore after which it has listed last.
+	listed atomic.Int64
 }
 
 var errReset = errors.New("connection reset by peer")
@@ -47,13 +50,14 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 		req.Body.Close()
 	}
 	die := c.s.w.roll(req.Method, req.URL.Path)
+	c.s.w.note("  ask %s %s", req.Method, req.URL)
 	first, second, fate, late := c.s.w.latency(die), c.s.w.latency(die), die.IntN(100), die.IntN(2) == 0
 	if c.s.w.isCalm() {
 		fate = 99
 	}
 	if err := c.pass(req.Context(), first); err != nil || c.s.isAway() || fate < 2 {
 		if err != nil && late { // it was on its way already
-			c.s.serve(req, body, c.dead)
+			c.serve(req, body)
 		}
 		return nil, errors.Join(err, errReset)
 	}
@@ -72,7 +76,7 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 	}
 	if resp == nil {
-		resp = c.s.serve(req, body, c.dead)
+		resp = c.serve(req, body)
 	}
 	if watching(req) {
 		return resp, nil
@@ -117,14 +121,14 @@ func podName(req *http.Request) string {
 func watching(req *http.Request) bool { return req.URL.Query().Get("watch") == "true" }
 
 // serve a request: its effect, and what is answered.
-func (s *server) serve(req *http.Request, body []byte, dead <-chan struct{}) *http.Response {
-	name := podName(req)
+func (c *conn) serve(req *http.Request, body []byte) *http.Response {
+	s, name := c.s, podName(req)
 	switch {
 	case req.Method == http.MethodGet && req.URL.Path == "/api/v1/pods":
 		if watching(req) {
-			return s.serveWatch(req, dead)
+			return c.serveWatch(req)
 		}
-		return s.serveList(req)
+		return c.serveList(req)
 	case req.Method == http.MethodGet:
 		if p := s.get(name); p != nil {
 			return answer(http.StatusOK, p)
@@ -221,12 +225,14 @@ func since(req *http.Request) uint64 {
 	return n
 }
 
-func (s *server) serveList(req *http.Request) *http.Response {
+func (c *conn) serveList(req *http.Request) *http.Response {
+	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if since(req) > s.rv {
 		return refusal(tooLarge())
 	}
+	c.listed.Store(s.restores)
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `{"kind":"PodList","apiVersion":"v1","metadata":{"resourceVersion":"%d"},"items":[`, s.rv)
 	sep := ""
@@ -281,7 +287,11 @@ func frame(typ watch.EventType, raw []byte) []byte {
 	return fmt.Appendf(nil, "{\"type\":%q,\"object\":%s}\n", typ, raw)
 }
 
-func (s *server) serveWatch(req *http.Request, dead <-chan struct{}) *http.Response {
+// serveWatch of the node's pods. An apiserver whose database was restored cannot
+// tell versions of before from its own, and nor can we: one that has been
+// restored since the list is taken to notice, as it does when it begins anew.
+func (c *conn) serveWatch(req *http.Request) *http.Response {
+	s := c.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	q := req.URL.Query()
@@ -297,8 +307,9 @@ func (s *server) serveWatch(req *http.Request, dead <-chan struct{}) *http.Respo
 	w := &watcher{s: s, n: s.rv, out: out, wake: make(chan struct{}, 1)}
 	switch {
 	case initial:
+		c.listed.Store(s.restores)
 		w.first = s.initial()
-	case from < s.oldest || from > s.rv:
+	case from < s.oldest || from > s.rv || c.listed.Load() != s.restores:
 		gone := apierrors.NewResourceExpired(fmt.Sprintf("too old resource version: %d (%d)", from, s.oldest)).Status()
 		gone.Kind, gone.APIVersion = "Status", "v1"
 		raw, _ := json.Marshal(gone)
@@ -314,7 +325,7 @@ func (s *server) serveWatch(req *http.Request, dead <-chan struct{}) *http.Respo
 		s.watches[w] = true
 	}
 	seconds, _ := strconv.Atoi(q.Get("timeoutSeconds"))
-	go w.run(req.Context(), time.Duration(seconds)*time.Second, dead)
+	go w.run(req.Context(), time.Duration(seconds)*time.Second, c.dead)
 	resp := response(http.StatusOK, nil)
 	resp.Body, resp.ContentLength = r, -1
 	return resp

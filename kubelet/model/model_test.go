@@ -21,6 +21,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 )
 
 const (
@@ -31,6 +33,13 @@ const (
 	// steps of a round; after each round the world settles.
 	steps = 25
 )
+
+func TestMain(m *testing.M) {
+	// client-go's own waits at least so long after the error before, and that was
+	// at another time: that of the world before, or of ours.
+	utilruntime.ErrorHandlers = nil
+	os.Exit(m.Run())
+}
 
 func TestHistories(t *testing.T) {
 	if s := os.Getenv("PODD_TEST_SEED"); s != "" {

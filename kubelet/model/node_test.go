@@ -105,7 +105,7 @@ func (w *world) begin() {
 		},
 		RecordDir: w.disk.dir, Sources: []string{"file", apiserver.SourceName}, Log: log,
 	}, pods.Deps{Runtime: rt, Images: rt, Volumes: volumes{rt}, Objects: noObjects{}, Cgroups: groups{rt}, Events: noEvents{}})
-	client, err := apiserver.NewClient(&rest.Config{Host: "http://apiserver", QPS: -1, Transport: &conn{w.api, d.dead}})
+	client, err := apiserver.NewClient(&rest.Config{Host: "http://apiserver", QPS: -1, Transport: &conn{s: w.api, dead: d.dead}})
 	if err != nil {
 		w.t.Fatal(err)
 	}

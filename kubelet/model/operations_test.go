@@ -277,10 +277,13 @@ func (h *history) again() {
 	h.post(pod, was.UID)
 }
 
+// lostByOthers is the reason of a pod that others say has failed.
+const lostByOthers = "NodeLost"
+
 // fail a pod as the garbage collector does of a node that is lost.
 func (h *history) fail() {
 	if p := h.any(isOwn); p != nil && p.Spec.NodeName != "" && p.Status.Phase != v1.PodSucceeded {
-		h.api.change(p.Name, false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, "NodeLost" })
+		h.api.change(p.Name, false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
 	}
 }
 

@@ -198,6 +198,7 @@ func (c *caller) RemovePodSandbox(ctx context.Context, q *runtimeapi.RemovePodSa
 		}
 		for _, k := range c.in(q.PodSandboxId) {
 			delete(c.containers, k.id)
+			c.w.removed(k.id)
 		}
 		delete(c.sandboxes, q.PodSandboxId)
 		return nil
@@ -368,10 +369,15 @@ func (c *caller) RemoveContainer(ctx context.Context, q *runtimeapi.RemoveContai
 	return &runtimeapi.RemoveContainerResponse{}, c.call(ctx, "RemoveContainer", q.ContainerId, func() error {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if k := c.containers[q.ContainerId]; k != nil && k.state == runtimeapi.ContainerState_CONTAINER_RUNNING {
+		k := c.containers[q.ContainerId]
+		if k == nil {
+			return nil
+		}
+		if k.state == runtimeapi.ContainerState_CONTAINER_RUNNING {
 			c.w.breach("container %s is removed while it runs", k.id)
 		}
-		delete(c.containers, q.ContainerId)
+		delete(c.containers, k.id)
+		c.w.removed(k.id)
 		return nil
 	})
 }

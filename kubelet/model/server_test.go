@@ -37,6 +37,8 @@ type server struct {
 	oldest  uint64 // version before the first of history
 	watches map[*watcher]bool
 	backups []backup
+	// restores of backups so far.
+	restores int64
 	uids    int
 	// away until then: nobody answers.
 	away time.Time
@@ -249,6 +251,7 @@ func (s *server) restore(n int) {
 	s.w.note("apiserver: restored from version %d to %d", s.rv, b.rv)
 	s.rv, s.pods, s.history, s.oldest = b.rv, maps.Clone(b.pods), nil, b.rv
 	s.backups = s.backups[:n+1]
+	s.restores++
 	s.cut()
 }
 

@@ -20,6 +20,8 @@ type truth struct {
 	starts map[start]string
 	// over are pods of the API whose end was told the apiserver.
 	over map[types.UID]v1.PodPhase
+	// past are pods of which nothing is left.
+	past map[types.UID]bool
 }
 
 type instance struct {
@@ -28,6 +30,7 @@ type instance struct {
 	attempt        int32
 	started, ended time.Time
 	code           int32
+	removed        bool // the runtime has it no more
 }
 
 type start struct {
@@ -37,13 +40,14 @@ type start struct {
 }
 
 func newTruth() truth {
-	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}}
+	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}, past: map[types.UID]bool{}}
 }
 
 // created is a new instance of a container.
 func (w *world) created(id string, uid types.UID, name string, attempt int32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	delete(w.truth.past, uid)
 	w.truth.instances[id] = &instance{uid: uid, name: name, attempt: attempt}
 }
 
@@ -65,6 +69,12 @@ func (w *world) started(id string) {
 	}
 }
 
+func (w *world) removed(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.truth.instances[id].removed = true
+}
+
 func (w *world) ended(id string, code int32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -79,6 +89,7 @@ func (w *world) forgotten(uid types.UID) {
 	defer w.mu.Unlock()
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return s.uid == uid })
 	delete(w.truth.over, uid)
+	w.truth.past[uid] = true
 }
 
 // unknowing: neither the disk nor the apiserver knows any more which of the
@@ -96,14 +107,16 @@ func (w *world) reported(pod *v1.Pod, was, is *v1.PodStatus) {
 	}
 	if status.Over(is.Phase) && pod.Annotations[mirrorAnnotation] == "" {
 		w.mu.Lock()
-		w.truth.over[pod.UID] = is.Phase
+		if !w.truth.past[pod.UID] {
+			w.truth.over[pod.UID] = is.Phase
+		}
 		w.mu.Unlock()
 	}
 }
 
 func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {
 	bad := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
-	if status.Over(was.Phase) && was.Phase != is.Phase {
+	if status.Over(was.Phase) && was.Phase != is.Phase && was.Reason != lostByOthers { // which it may not have heard
 		bad("phase %s after %s", is.Phase, was.Phase)
 	}
 	owner := pod.UID
@@ -151,6 +164,12 @@ func (t *truth) instance(id string) (i *instance, known bool) {
 	return i, i != nil
 }
 
+// later says that an instance came after another one.
+func (t *truth) later(id string, than *instance) bool {
+	i, _ := t.instance(id)
+	return i != nil && i.uid == than.uid && i.attempt > than.attempt
+}
+
 func (t *truth) untrueContainer(owner types.UID, was, is *v1.ContainerStatus, bad func(string, ...any)) {
 	i, known := t.instance(is.ContainerID)
 	switch {
@@ -159,6 +178,8 @@ func (t *truth) untrueContainer(owner types.UID, was, is *v1.ContainerStatus, ba
 		return
 	case i != nil && (owner != "" && i.uid != owner || i.name != is.Name):
 		bad("%s is said to be %s, which is %s of %s", is.Name, is.ContainerID, i.name, i.uid)
+	case i != nil && t.later(was.ContainerID, i):
+		bad("%s is %s after %s, which is later", is.Name, is.ContainerID, was.ContainerID)
 	case is.RestartCount < was.RestartCount:
 		bad("%s has been restarted %d times, and %d before", is.Name, is.RestartCount, was.RestartCount)
 	}
@@ -189,6 +210,7 @@ func (t *truth) untrueEnd(name string, end *v1.ContainerStateTerminated, bad fun
 		bad("%s is said to have ended as %s, which is of nothing", name, end.ContainerID)
 	case i.ended.IsZero():
 		bad("%s is said to have ended as %s (%d, %s), and it has not", name, end.ContainerID, end.ExitCode, end.Reason)
+	case i.removed && end.Reason == "ContainerStatusUnknown": // as upstream says of what is not there
 	case i.code != end.ExitCode:
 		bad("%s is said to have ended with %d, and it was %d", name, end.ExitCode, i.code)
 	}
