@@ -47,13 +47,18 @@ func (p *Pods) report(ctx context.Context) {
 			p.reports[pod.UID] = r
 		}
 		r.shown, r.gone = pod, ev.Type == watch.Deleted
+		back := false
 		if f := p.known[pod.UID]; f != nil {
+			back = f.ended && !r.gone
 			f.ended = r.gone
 		}
 		gone := r.gone
 		p.mu.Unlock()
-		if gone {
+		switch {
+		case gone:
 			p.forgetUses(pod.UID)
+		case back:
+			p.use(pod.UID)
 		}
 		p.kick(ctx, pod.UID)
 	}

@@ -182,11 +182,27 @@ func (p *Pods) learn(pod *v1.Pod, by road) bool {
 	case listed:
 		f.answered = ""
 	}
+	first := f.pod == nil
 	f.pod = pod
-	if isMirror(pod) {
+	// What comes late of one that is gone does not take the name from its successor.
+	if m := p.mirrors[name(pod)]; isMirror(pod) && (first || m == nil || m.UID == pod.UID) {
 		p.mirrors[name(pod)] = pod
 	}
 	return true
+}
+
+// succeed a mirror pod that is gone by another one of its name, which may have
+// been known before; p.mu is held.
+func (p *Pods) succeed(gone *v1.Pod) {
+	if m := p.mirrors[name(gone)]; m == nil || m.UID != gone.UID {
+		return
+	}
+	delete(p.mirrors, name(gone))
+	for _, f := range p.known {
+		if isMirror(f.pod) && name(f.pod) == name(gone) {
+			p.mirrors[name(gone)] = f.pod
+		}
+	}
 }
 
 func isMirror(pod *v1.Pod) bool { return pod.Annotations[mirrorAnnotation] != "" }
@@ -286,9 +302,7 @@ func (p *Pods) removed(ctx context.Context, uid types.UID) {
 		return
 	}
 	delete(p.known, uid)
-	if m := p.mirrors[name(f.pod)]; m != nil && m.UID == uid {
-		delete(p.mirrors, name(f.pod))
-	}
+	p.succeed(f.pod)
 	static := p.static[name(f.pod)]
 	begun := p.reports[uid] != nil
 	p.mu.Unlock()
@@ -299,6 +313,19 @@ func (p *Pods) removed(ctx context.Context, uid types.UID) {
 	p.cfg.Sink.RemovePod(SourceName, uid)
 	if !begun { // else the table tells of its end
 		p.forgetUses(uid)
+	}
+}
+
+// use the objects of a pod again that has ended and is there once more.
+func (p *Pods) use(uid types.UID) {
+	p.telling.Lock()
+	defer p.telling.Unlock()
+	pod := p.version(uid)
+	if pod == nil || isMirror(pod) {
+		return
+	}
+	for _, u := range p.cfg.Uses {
+		u.Use(uid, pod)
 	}
 }
 

@@ -248,7 +248,7 @@ func (s *launch) start(ctx context.Context, id string) error {
 		l.epoch++
 		l.applied[c.Name] = c
 		l.o.Actual[c.Name] = c.Resources
-		delete(l.o.Changed, c.Name)
+		l.outdated(c)
 		delete(l.starts, id)
 		if have := l.container(id); have != nil && have.State == status.Exited {
 			return // its exit was seen before its start
@@ -259,6 +259,15 @@ func (s *launch) start(ctx context.Context, id string) error {
 		l.putNew(inst)
 	})
 	return nil
+}
+
+// outdated: the pod may have changed while an instance was made of c.
+func (l *life) outdated(c *v1.Container) {
+	delete(l.o.Changed, c.Name)
+	now := spec.Container(l.d.Pod, c.Name)
+	if now != nil && now != c && differ(containerView(c), containerView(now), false) {
+		l.o.Changed[c.Name] = true
+	}
 }
 
 // putNew adds an instance with what we know of it.

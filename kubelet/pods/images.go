@@ -11,6 +11,7 @@ import (
 	"github.com/distribution/reference"
 	v1 "k8s.io/api/core/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 	"k8s.io/kubernetes/pkg/credentialprovider"
 	"k8s.io/kubernetes/pkg/credentialprovider/secrets"
 	"k8s.io/kubernetes/pkg/util/parsers"
@@ -47,8 +48,10 @@ func (w *worker) ensureImage(l *life, a Action) {
 		}
 		if err == nil {
 			return func() {
-				l.o.Images[c.Name] = ImageState{Ref: id}
-				delete(l.pulls, c.Name)
+				if l.wants(c) {
+					l.o.Images[c.Name] = ImageState{Ref: id}
+					delete(l.pulls, c.Name)
+				}
 			}, nil
 		}
 		if ctx.Err() != nil {
@@ -60,12 +63,35 @@ func (w *worker) ensureImage(l *life, a Action) {
 		}
 		w.t.deps.Events.Eventf(spec.Ref(pod, c.Name), v1.EventTypeWarning, "Failed", "Error: %s", e.reason)
 		return func() {
+			if !l.wants(c) {
+				return
+			}
 			now := time.Now()
 			b := w.t.cfg.ImageBackoff.Next(l.pulls[c.Name], now, now)
 			l.pulls[c.Name] = b
 			l.o.Images[c.Name] = ImageState{Failed: now, Retry: now.Add(b.Delay), Reason: e.reason, Error: e.text}
 		}, nil // the image's own back-off decides, not the step's
 	})
+}
+
+// wants says that a container still is to be made of c's image.
+func (l *life) wants(c *v1.Container) bool {
+	now := spec.Container(l.d.Pod, c.Name)
+	return now != nil && now.Image == c.Image
+}
+
+// replaceImages forgets those that containers were to be made of before.
+func (w *worker) replaceImages(l *life, before *v1.Pod) {
+	for c := range podutil.ContainerIter(&l.d.Pod.Spec, podutil.AllContainers) {
+		was := spec.Container(before, c.Name)
+		if was == nil || was.Image == c.Image {
+			continue
+		}
+		delete(l.o.Images, c.Name)
+		delete(l.pulls, c.Name)
+		delete(l.failures, c.Name)
+		w.cancel(l, Action{Kind: EnsureImage, Container: c.Name}.key())
+	}
 }
 
 // ImagePresent tells that an image has come to the node, by whatever way, under

@@ -271,6 +271,7 @@ func (w *worker) change(l *life, pod *v1.Pod) {
 	old := l.d.Pod
 	l.d.Pod = pod
 	w.compare(l, old, l.lenient)
+	w.replaceImages(l, old)
 	if l.d.Stop != nil || l.o.Completed {
 		if fromAPI(pod) && l.o.Completed {
 			return // it has run to its end, for whoever counts on it
@@ -355,7 +356,7 @@ func (w *worker) revive(l *life) {
 	}
 	l.undisrupt()
 	w.t.admitted.keeps(l.counted())
-	l.d.Stop, l.stopped, l.o.Completed, l.failed = nil, false, false, nil
+	l.d.Stop, l.stopped, l.o.Completed, l.failed, l.awaits = nil, false, false, nil, false
 	l.status.Phase, l.status.Reason, l.status.Message = v1.PodPending, "", ""
 	clear(l.o.Kills)
 	clear(l.o.Retry)

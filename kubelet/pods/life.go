@@ -5,6 +5,7 @@ import (
 	"context"
 	"maps"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -87,6 +88,8 @@ type recovered struct {
 	lenient  bool
 	restored map[string]probes.State // by container id, until probed
 	starting []string                // as in the record
+	// awaits: it would have begun again, but for Hold.
+	awaits bool
 }
 
 // shown is what was published last.
@@ -196,7 +199,7 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 	o := &status.Observed{
 		Containers: l.o.Containers, HostIPs: hostIPs, StartTime: l.o.Started,
 		Terminal: l.o.Completed || l.d.Stop != nil, Failed: l.failed, Disruption: l.disrupted,
-		Troubles:      l.troubles,
+		Troubles: l.troubles, Starting: l.launching(),
 		ResizePending: l.pending, ResizeInProgress: l.progress,
 	}
 	if l.o.Resize != StepAbsent {
@@ -233,6 +236,20 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 		}
 	}
 	return o
+}
+
+// launching says that a container is being started, or that what came of a
+// start is not known: it may run by now.
+func (l *life) launching() bool {
+	if l.o.Stale {
+		return true
+	}
+	for key := range l.o.Busy {
+		if strings.HasPrefix(key, "start/") {
+			return true
+		}
+	}
+	return false
 }
 
 // alive says that a container of the pod runs.

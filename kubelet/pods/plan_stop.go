@@ -134,7 +134,11 @@ func (p *planner) forget() {
 		return
 	}
 	for i := range p.o.Containers {
-		p.do(Action{Kind: RemoveContainer, ID: p.o.Containers[i].ID, Container: p.o.Containers[i].Name})
+		// Oldest first: the status shows the newest that is there, and goes not back.
+		c, last := &p.o.Containers[i], i == len(p.o.Containers)-1
+		if last || p.o.Containers[i+1].Name != c.Name {
+			p.do(Action{Kind: RemoveContainer, ID: c.ID, Container: c.Name})
+		}
 	}
 	if len(p.o.Containers) > 0 {
 		return

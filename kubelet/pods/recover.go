@@ -154,7 +154,10 @@ func (t *Table) recoverPod(uid types.UID, r *record, sandboxes []*runtimeapi.Pod
 	l.status = r.Status
 	l.o.Completed = l.o.Completed || l.final()
 	if l.d.Stop != nil && !l.d.Stop.Forget && !l.stopped && !l.o.Completed {
-		w.revive(l) // StopAll lasts until the daemon starts again
+		// StopAll and Terminate last until the daemon starts again, or until the
+		// shutdown that it starts in is called off.
+		l.awaits = true
+		w.revive(l)
 	}
 	l.o.Cgroup, l.o.Volumes = StepUnknown, StepUnknown
 	maps.Copy(l.attempts, r.Attempts)

@@ -56,7 +56,7 @@ func (t *Table) Hold(ctx context.Context, on bool) {
 	for _, w := range t.all() {
 		w.post(func() {
 			for _, l := range w.lives {
-				if l.disrupted != nil {
+				if l.disrupted != nil || l.awaits && !l.stopped {
 					w.revive(l)
 				}
 			}
@@ -74,6 +74,9 @@ func (t *Table) Terminate(ctx context.Context, namespace, name string, grace tim
 		return nil // it went by itself
 	}
 	return w.await(ctx, func(l *life) {
+		if !w.t.held.Load() {
+			return // its turn comes when that is called off
+		}
 		if l.leaving() {
 			w.stop(l, Stop{Grace: grace, Forget: true})
 			return

@@ -78,6 +78,8 @@ type Observed struct {
 	StartTime    time.Time
 	// Terminal: nothing of the pod will be started any more.
 	Terminal bool
+	// Starting: something of the pod is being started, and may run by now.
+	Starting bool
 	// Failed, with a reason such as DeadlineExceeded, makes the pod Failed
 	// whatever its containers did.
 	Failed *Cause

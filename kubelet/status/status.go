@@ -1,6 +1,7 @@
 package status
 
 import (
+	"cmp"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -49,6 +50,10 @@ func Compute(pod *v1.Pod, o *Observed, old *v1.PodStatus, now time.Time) v1.PodS
 		s.Reason, s.Message = o.Note.Reason, o.Note.Message
 	default:
 		s.Reason, s.Message = "", ""
+	}
+	if Over(s.Phase) && !Over(old.Phase) && o.Starting {
+		// Nobody is told that a pod is over while something of it may run.
+		s.Phase, s.Reason, s.Message = cmp.Or(old.Phase, v1.PodPending), old.Reason, old.Message
 	}
 	addresses(pod, &s, o)
 	s.Conditions = conditions(pod, &s, o, old.Conditions, now)
