@@ -75,7 +75,7 @@ func (s *Service) createContainer(ctx context.Context, a *attempt, sb *sandbox, 
 		return "", err
 	}
 	var u undo
-	defer func() { u.run(ctx, s.log) }()
+	defer func() { s.left.add(u.run(ctx, s.log)) }()
 
 	a.stage("resolve image")
 	if in.image, err = s.images.Get(ctx, in.config.GetImage().GetImage()); err != nil {

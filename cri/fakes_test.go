@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -355,6 +357,12 @@ func (f *fakeImages) MountImage(ctx context.Context, key, image, target string, 
 	return f.MountRootfs(ctx, key, image, target, nil, nil)
 }
 
+func (f *fakeImages) Snapshots(context.Context) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Collect(maps.Keys(f.roots)), f.fail["Snapshots"]
+}
+
 func (f *fakeImages) Usage(context.Context, string) (uint64, uint64, error) { return 4096, 3, nil }
 
 func (f *fakeImages) FsInfo(context.Context) (*runtimeapi.FilesystemUsage, error) {
@@ -400,7 +408,10 @@ func (f *fakeNet) SetPodCIDR(_ context.Context, cidr string) error {
 }
 
 func (f *fakeNet) Sweep(_ context.Context, keep []string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.swept = append(f.swept, keep)
+	maps.DeleteFunc(f.attached, func(id string, _ bool) bool { return !slices.Contains(keep, id) })
 	return nil
 }
 

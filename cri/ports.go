@@ -67,6 +67,8 @@ type Images interface {
 	UnmountRootfs(ctx context.Context, key, target string) error
 	// MountImage mounts the image's tree read-only at target (image volumes).
 	MountImage(ctx context.Context, key, image, target string, uid, gid []specs.LinuxIDMapping) error
+	// Snapshots are the keys of all snapshots, writable and read-only.
+	Snapshots(ctx context.Context) ([]string, error)
 	// Usage of one writable snapshot in bytes and inodes, from a background cache.
 	Usage(ctx context.Context, key string) (bytes, inodes uint64, err error)
 	// FsInfo of the store's file system.

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -33,8 +35,9 @@ const recoverTimeout = 2 * time.Minute
 //     and still created if it never did and its sandbox is ready.
 //  5. A container record without its sandbox' record is removed: nobody can
 //     name it in a pod.
-//  6. What has no record (processes, network, namespaces, root file systems)
-//     was in the making and is undone, below our own directories only.
+//  6. What has no record (processes, network, namespaces, root file systems,
+//     snapshots) was in the making, or its record is lost, and is undone, below
+//     our own directories and under keys of our own only.
 //
 // Events after the last applied one follow when the service runs; applying
 // them again changes nothing.
@@ -194,12 +197,48 @@ func (s *Service) sweep(ctx context.Context, procs map[string]shim.Process) {
 			warn("container files", name, s.dropContainerFiles(ctx, name, s.strayImageMounts(name)))
 		}
 	}
+	s.sweepSnapshots(ctx, warn)
 	for _, name := range names(filepath.Join(s.cfg.DataDir, "cri", kindSpec)) {
 		id := name[:len(name)-len(filepath.Ext(name))]
 		if _, err := s.objects.container(id); errdefs.IsNotFound(err) {
 			warn("specification", id, s.store.Delete(kindSpec, id))
 		}
 	}
+}
+
+// sweepSnapshots drops those of no container. A power cut takes the run
+// directory, and may take a record that was not on disk yet: of such a container
+// the snapshots alone are left, and nothing in the run directory tells of them.
+func (s *Service) sweepSnapshots(ctx context.Context, warn func(string, string, error)) {
+	keys, err := s.images.Snapshots(ctx)
+	warn("snapshots", "all", err)
+	for _, key := range keys {
+		id, target := s.snapshotOf(key)
+		if id == "" {
+			continue
+		}
+		if _, err := s.objects.container(id); errdefs.IsNotFound(err) {
+			s.log.Info("snapshot without a container dropped", "snapshot", key)
+			warn("snapshot", key, s.images.UnmountRootfs(ctx, key, target))
+		}
+	}
+}
+
+// snapshotOf says whose a snapshot is by its key, and where it is mounted if it
+// is; empty: not a key that this service gives.
+func (s *Service) snapshotOf(key string) (id, target string) {
+	id, volume, isVolume := strings.Cut(key, volumeKey)
+	if !validSwept(id) {
+		return "", ""
+	}
+	if !isVolume {
+		return id, s.rootfsPath(id)
+	}
+	n, err := strconv.Atoi(volume)
+	if err != nil {
+		return "", ""
+	}
+	return id, s.imageMount(id, n).Target
 }
 
 func (s *Service) sweepProcesses(ctx context.Context, procs map[string]shim.Process, warn func(string, string, error)) {
@@ -234,7 +273,7 @@ func (s *Service) strayImageMounts(id string) []imageMount {
 	for _, n := range names(s.containerDir(id)) {
 		var i int
 		if _, err := fmt.Sscanf(n, "image-%d", &i); err == nil {
-			out = append(out, imageMount{Key: fmt.Sprintf("%s-volume-%d", id, i), Target: filepath.Join(s.containerDir(id), n)})
+			out = append(out, s.imageMount(id, i))
 		}
 	}
 	return out

@@ -72,7 +72,7 @@ func (s *Service) madeSandbox(name string, r *runtimeapi.RunPodSandboxRequest) (
 func (s *Service) runSandbox(ctx context.Context, a *attempt, r *runtimeapi.RunPodSandboxRequest) (_ string, err error) {
 	sb := newSandbox(newID(), proto.CloneOf(r.GetConfig()), r.GetRuntimeHandler(), now())
 	var u undo
-	defer func() { u.run(ctx, s.log) }()
+	defer func() { s.left.add(u.run(ctx, s.log)) }()
 
 	a.stage("prepare sandbox files and process")
 	u.push("sandbox files", func(context.Context) error { return s.dropSandboxFiles(sb.id) })

@@ -82,6 +82,7 @@ type Service struct {
 	store   *state.Store
 	objects registry
 	creates attempts
+	left    leftovers
 	events  broker
 	pulls   pulls
 	cdi     cdiCache
@@ -141,6 +142,7 @@ func New(cfg Config, procs Processes, imgs Images, network Network) (*Service, e
 	}
 	s.wg.Go(func() { s.follow(ctx) })
 	s.wg.Go(func() { s.volumes.Run(ctx) })
+	s.wg.Go(func() { s.left.retry(ctx, s.log) })
 	return s, nil
 }
 

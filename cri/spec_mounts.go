@@ -262,7 +262,7 @@ func (s *Service) prepareImageVolumes(ctx context.Context, id string, mounts []*
 		if err != nil {
 			return nil, nil, err
 		}
-		im := imageMount{Key: fmt.Sprintf("%s-volume-%d", id, i), Target: filepath.Join(s.containerDir(id), fmt.Sprintf("image-%d", i))}
+		im := s.imageMount(id, i)
 		if err := os.Mkdir(im.Target, 0o700); err != nil {
 			return nil, nil, err
 		}
@@ -281,6 +281,18 @@ func (s *Service) prepareImageVolumes(ctx context.Context, id string, mounts []*
 		}
 	}
 	return out, done, nil
+}
+
+// volumeKey is between a container's id and a number in the key of an image
+// volume's snapshot.
+const volumeKey = "-volume-"
+
+// imageMount is where the image volume of a container's i-th mount is.
+func (s *Service) imageMount(id string, i int) imageMount {
+	return imageMount{
+		Key:    fmt.Sprintf("%s%s%d", id, volumeKey, i),
+		Target: filepath.Join(s.containerDir(id), fmt.Sprintf("image-%d", i)),
+	}
 }
 
 func (s *Service) dropImageVolume(ctx context.Context, im imageMount) error {
