@@ -1,0 +1,5 @@
+//go:build !amd64
+
+package killpoint
+
+var older map[int]kind
