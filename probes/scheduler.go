@@ -39,7 +39,7 @@ type entry struct {
 	kind   Kind
 	spec   *v1.Probe
 	at     time.Time // monotonic
-	index  int // in the heap; -1: not in it
+	index  int       // in the heap; -1: not in it
 	run    run
 	gone   bool
 	spread bool // the next period is a random part: spreads load after a restart
