@@ -155,9 +155,7 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 		p.mu.Lock()
 		if !r.dirty || ctx.Err() != nil {
 			r.busy = false
-			if r.gone && p.reports[uid] == r {
-				delete(p.reports, uid)
-			}
+			p.spent(uid)
 			p.mu.Unlock()
 			return
 		}
@@ -185,6 +183,15 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 			p.log.Warn("pod is not reported to the apiserver", "pod", name(shown).String(), "failures", failures, "error", err)
 		}
 		sleep(ctx, Backoff(failures, 200*time.Millisecond, 10*time.Second))
+	}
+}
+
+// spent reports are those of what is gone here and there. While the apiserver
+// has the pod, for somebody's finalizer, it may have to be deleted once more. p.mu
+// is held.
+func (p *Pods) spent(uid types.UID) {
+	if r := p.reports[uid]; r != nil && r.gone && !r.busy && p.known[uid] == nil {
+		delete(p.reports, uid)
 	}
 }
 
@@ -246,6 +253,9 @@ func (p *Pods) bring(ctx context.Context, shown *v1.Pod, gone bool) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	if unseen(shown) && !gone {
+		return nil // it will be seen
+	}
 	if shown.Annotations[manifests.ConfigSourceAnnotation] != SourceName {
 		return p.bringMirror(ctx, shown, gone)
 	}
@@ -273,8 +283,15 @@ func (p *Pods) version(uid types.UID) *v1.Pod {
 	return nil
 }
 
+// unseen says that a status is from a record: what was told since may be ahead
+// of it, and a status never goes back.
+func unseen(shown *v1.Pod) bool { return shown.Annotations[manifests.UnseenAnnotation] != "" }
+
 // patch the status of base with what shown says.
 func (p *Pods) patch(ctx context.Context, base, shown *v1.Pod) error {
+	if unseen(shown) {
+		return nil
+	}
 	patch, err := statusPatch(base, shown)
 	if err != nil || patch == nil {
 		return err

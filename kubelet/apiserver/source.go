@@ -304,7 +304,9 @@ func (p *Pods) removed(ctx context.Context, uid types.UID) {
 	delete(p.known, uid)
 	p.succeed(f.pod)
 	static := p.static[name(f.pod)]
-	begun := p.reports[uid] != nil
+	r := p.reports[uid]
+	begun := r != nil && !r.gone
+	p.spent(uid)
 	p.mu.Unlock()
 	if isMirror(f.pod) {
 		p.kick(ctx, static) // it is made anew

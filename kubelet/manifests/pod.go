@@ -29,6 +29,9 @@ const (
 	// ConfigHashAnnotation names the content of the manifest. Unlike upstream's
 	// it changes with the content also when the manifest fixes metadata.uid.
 	ConfigHashAnnotation = "kubernetes.io/config.hash"
+	// UnseenAnnotation is on a pod of podd's last run until the runtime has told
+	// how it is: its status is the one in its record.
+	UnseenAnnotation = "io.podd.unseen"
 )
 
 // Priorities of the classes that exist on every node

@@ -28,6 +28,7 @@ import (
 	"github.com/podd-runtime/podd/kubelet/pods"
 	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/shutdown"
+	"github.com/podd-runtime/podd/kubelet/status"
 )
 
 // daemon is one podd, from its start to its end.
@@ -173,12 +174,13 @@ func (w *world) kill() {
 	w.mayForget()
 }
 
-// mayForget what was over: neither a record nor the apiserver says so any more.
+// mayForget what neither a record says any more, nor the apiserver or the runtime.
 func (w *world) mayForget() {
-	w.unknowing(func(uid types.UID) bool {
+	over := func(uid types.UID) bool {
 		p := w.api.byUID(uid)
-		return w.disk.has(uid) || p != nil && (p.Status.Phase == v1.PodFailed || p.Status.Phase == v1.PodSucceeded)
-	})
+		return p != nil && status.Over(p.Status.Phase)
+	}
+	w.unknowing(w.disk.has, over, w.rt.has)
 }
 
 // disk with the records, and the clock that all stored times were read from.

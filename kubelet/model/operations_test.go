@@ -271,6 +271,7 @@ func (h *history) again() {
 	if h.api.byUID(was.UID) != nil {
 		return
 	}
+	h.mayForget()
 	pod := was.DeepCopy()
 	pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds, pod.Finalizers = nil, nil, nil
 	pod.Spec.EphemeralContainers = nil

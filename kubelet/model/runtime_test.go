@@ -568,6 +568,18 @@ func (r *shim) reboot() {
 	r.away = time.Time{}
 }
 
+// has says that something of a pod is there.
+func (r *shim) has(uid types.UID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, s := range r.sandboxes {
+		if s.uid == uid {
+			return true
+		}
+	}
+	return false
+}
+
 // running containers of a pod, by name.
 func (r *shim) running(uid types.UID) map[string]*container {
 	r.mu.Lock()

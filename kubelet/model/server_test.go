@@ -39,7 +39,7 @@ type server struct {
 	backups []backup
 	// restores of backups so far.
 	restores int64
-	uids    int
+	uids     int
 	// away until then: nobody answers.
 	away time.Time
 	// lists only: it sends no initial events, as before 1.34.
@@ -252,6 +252,7 @@ func (s *server) restore(n int) {
 	s.rv, s.pods, s.history, s.oldest = b.rv, maps.Clone(b.pods), nil, b.rv
 	s.backups = s.backups[:n+1]
 	s.restores++
+	s.w.untold()
 	s.cut()
 }
 

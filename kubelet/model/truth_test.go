@@ -22,6 +22,14 @@ type truth struct {
 	over map[types.UID]v1.PodPhase
 	// past are pods of which nothing is left.
 	past map[types.UID]bool
+	// told last of each container.
+	told map[subject]v1.ContainerStatus
+}
+
+// subject is one of a pod at the apiserver.
+type subject struct {
+	uid  types.UID
+	name string
 }
 
 type instance struct {
@@ -40,7 +48,7 @@ type start struct {
 }
 
 func newTruth() truth {
-	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}, past: map[types.UID]bool{}}
+	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}, past: map[types.UID]bool{}, told: map[subject]v1.ContainerStatus{}}
 }
 
 // created is a new instance of a container.
@@ -90,14 +98,16 @@ func (w *world) forgotten(uid types.UID) {
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return s.uid == uid })
 	delete(w.truth.over, uid)
 	w.truth.past[uid] = true
+	maps.DeleteFunc(w.truth.told, func(s subject, _ v1.ContainerStatus) bool { return s.uid == uid })
 }
 
-// unknowing: neither the disk nor the apiserver knows any more which of the
-// pods were over.
-func (w *world) unknowing(known func(types.UID) bool) {
+// unknowing: podd has begun anew. Of the pods with a record, or that the
+// apiserver has as over, it knows so; of those that the runtime has, what began.
+func (w *world) unknowing(recorded, over, there func(types.UID) bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	maps.DeleteFunc(w.truth.over, func(uid types.UID, _ v1.PodPhase) bool { return !known(uid) })
+	maps.DeleteFunc(w.truth.over, func(uid types.UID, _ v1.PodPhase) bool { return !recorded(uid) && !over(uid) })
+	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return !recorded(s.uid) && !there(s.uid) })
 }
 
 // reported is a status that podd has told the apiserver; was is the one before.
@@ -105,13 +115,20 @@ func (w *world) reported(pod *v1.Pod, was, is *v1.PodStatus) {
 	for _, problem := range w.untrue(pod, was, is) {
 		w.breach("status of %s (%s): %s", pod.Name, pod.UID, problem)
 	}
-	if status.Over(is.Phase) && pod.Annotations[mirrorAnnotation] == "" {
+	if status.Over(is.Phase) && !status.Over(was.Phase) && pod.Annotations[mirrorAnnotation] == "" {
 		w.mu.Lock()
 		if !w.truth.past[pod.UID] {
 			w.truth.over[pod.UID] = is.Phase
 		}
 		w.mu.Unlock()
 	}
+}
+
+// untold: the apiserver knows no more what it was told last.
+func (w *world) untold() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	clear(w.truth.told)
 }
 
 func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {
@@ -125,12 +142,12 @@ func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, lists := range [][2][]v1.ContainerStatus{
-		{was.ContainerStatuses, is.ContainerStatuses}, {was.InitContainerStatuses, is.InitContainerStatuses},
-		{was.EphemeralContainerStatuses, is.EphemeralContainerStatuses},
-	} {
-		for i := range lists[1] {
-			w.truth.untrueContainer(owner, find(lists[0], lists[1][i].Name), &lists[1][i], bad)
+	for _, list := range [][]v1.ContainerStatus{is.ContainerStatuses, is.InitContainerStatuses, is.EphemeralContainerStatuses} {
+		for i := range list {
+			key := subject{pod.UID, list[i].Name}
+			before := w.truth.told[key]
+			w.truth.untrueContainer(owner, &before, &list[i], bad)
+			w.truth.told[key] = list[i]
 		}
 	}
 	if !status.Over(is.Phase) || status.Over(was.Phase) || owner == "" {
@@ -164,10 +181,10 @@ func (t *truth) instance(id string) (i *instance, known bool) {
 	return i, i != nil
 }
 
-// later says that an instance came after another one.
+// later says that an instance began after another one.
 func (t *truth) later(id string, than *instance) bool {
 	i, _ := t.instance(id)
-	return i != nil && i.uid == than.uid && i.attempt > than.attempt
+	return i != nil && i.uid == than.uid && i.attempt > than.attempt && !i.started.IsZero()
 }
 
 func (t *truth) untrueContainer(owner types.UID, was, is *v1.ContainerStatus, bad func(string, ...any)) {

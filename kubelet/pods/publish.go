@@ -10,6 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"github.com/podd-runtime/podd/kubelet/manifests"
 	"github.com/podd-runtime/podd/kubelet/status"
 	"github.com/podd-runtime/podd/probes"
 )
@@ -51,7 +52,7 @@ func (l *life) told() *v1.Pod {
 
 // end is what else of a life is in its record and changes rarely.
 func (l *life) end() ending {
-	e := ending{completed: l.o.Completed, stopped: l.stopped}
+	e := ending{completed: l.o.Completed, stopped: l.stopped, unseen: l.unseen}
 	if l.d.Stop != nil {
 		e.stop = *l.d.Stop
 	}
@@ -59,8 +60,8 @@ func (l *life) end() ending {
 }
 
 type ending struct {
-	completed, stopped bool
-	stop               Stop
+	completed, stopped, unseen bool
+	stop                       Stop
 }
 
 // show the pod to readers and watchers.
@@ -76,6 +77,10 @@ func (w *worker) show(l *life, have *v1.Pod) {
 		pod.DeletionTimestamp = &t
 		grace := int64(s.Grace / time.Second)
 		pod.DeletionGracePeriodSeconds = &grace
+	}
+	if l.unseen {
+		pod.Annotations = maps.Clone(pod.Annotations)
+		metav1.SetMetaDataAnnotation(&pod.ObjectMeta, manifests.UnseenAnnotation, "true")
 	}
 	if l.bare {
 		// It is listed, for who looks for what runs; what is told of it is what
