@@ -232,7 +232,7 @@ func (s *launch) start(ctx context.Context, id string) error {
 	defer cancel()
 	s.w.t.own(id, s.w)
 	l, c := s.l, s.c
-	s.w.post(func() { l.starts[id] = s.op })
+	s.w.post(func() { l.starts[id], l.applied[c.Name] = s.op, c })
 	if _, err := s.w.t.deps.Runtime.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: id}); err != nil {
 		return &startError{"RunContainerError", err}
 	}

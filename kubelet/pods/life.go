@@ -239,9 +239,10 @@ func (l *life) observed(hostIPs []string) *status.Observed {
 }
 
 // launching says that a container is being started, or that what came of a
-// start is not known: it may run by now.
+// start is not known: it may run by now. So may one that the pod's spec has no more.
 func (l *life) launching() bool {
-	if l.o.Stale {
+	stray := func(c status.Container) bool { return c.Alive() && spec.Container(l.d.Pod, c.Name) == nil }
+	if l.o.Stale || slices.ContainsFunc(l.o.Containers, stray) {
 		return true
 	}
 	for key := range l.o.Busy {

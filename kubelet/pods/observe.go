@@ -217,6 +217,9 @@ func (w *worker) adopt(l *life, f *found) {
 			}
 		} else {
 			w.initial(l, &c)
+			if made := l.applied[c.Name]; made != nil && !l.unseen { // its start ended without a word
+				l.outdated(made)
+			}
 		}
 		switch c.State {
 		case status.Exited:

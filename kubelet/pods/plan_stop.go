@@ -40,6 +40,7 @@ func (p *planner) abort() {
 		p.abortContainer(s.EphemeralContainers[i].Name)
 	}
 	p.cancel(Action{Kind: SetupVolumes})
+	p.cancel(Action{Kind: Resize})
 	p.cancel(Action{Kind: Refresh})
 	for i := range p.o.Containers {
 		p.cancel(Action{Kind: PostStart, ID: p.o.Containers[i].ID})

@@ -311,7 +311,7 @@ func (w *worker) async(l *life, a Action, timeout time.Duration, f func(ctx cont
 		cancel()
 		if !o.settled.CompareAndSwap(false, true) {
 			// It was given up before; what it did is found by looking.
-			w.post(func() { l.epoch++; l.o.Stale = true })
+			w.post(func() { l.late(key) })
 			return
 		}
 		w.post(func() {
@@ -341,6 +341,19 @@ func (w *worker) async(l *life, a Action, timeout time.Duration, f func(ctx cont
 		done, err := f(ctx)
 		finish(done, err, false)
 	}()
+}
+
+// late is the end of an op that was given up: what it has made may be there
+// although it was taken away since.
+func (l *life) late(key string) {
+	l.epoch++
+	l.o.Stale = true
+	switch key {
+	case Action{Kind: SetupVolumes}.key():
+		l.o.Volumes = StepUnknown
+	case Action{Kind: EnsureCgroup}.key(), Action{Kind: Resize}.key():
+		l.o.Cgroup = StepUnknown
+	}
 }
 
 // within bounds ctx by timeout; 0: not at all.
