@@ -147,6 +147,7 @@ func (s *server) create(pod *v1.Pod, uid types.UID) (*stored, error) {
 		s.uids++
 		uid = types.UID(fmt.Sprintf("%s-%d", pod.Name, s.uids))
 	}
+	s.w.untold(uid)
 	pod.UID, pod.Generation, pod.CreationTimestamp = uid, 1, metav1.Now()
 	pod.Status = v1.PodStatus{Phase: v1.PodPending, QOSClass: v1.PodQOSBurstable}
 	return s.put(pod), nil
@@ -252,7 +253,7 @@ func (s *server) restore(n int) {
 	s.rv, s.pods, s.history, s.oldest = b.rv, maps.Clone(b.pods), nil, b.rv
 	s.backups = s.backups[:n+1]
 	s.restores++
-	s.w.untold()
+	s.w.untold("")
 	s.cut()
 }
 

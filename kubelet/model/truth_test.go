@@ -98,7 +98,6 @@ func (w *world) forgotten(uid types.UID) {
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return s.uid == uid })
 	delete(w.truth.over, uid)
 	w.truth.past[uid] = true
-	maps.DeleteFunc(w.truth.told, func(s subject, _ v1.ContainerStatus) bool { return s.uid == uid })
 }
 
 // unknowing: podd has begun anew. Of the pods with a record, or that the
@@ -124,11 +123,12 @@ func (w *world) reported(pod *v1.Pod, was, is *v1.PodStatus) {
 	}
 }
 
-// untold: the apiserver knows no more what it was told last.
-func (w *world) untold() {
+// untold: the apiserver knows no more what it was told last of a pod, or with
+// no uid of any.
+func (w *world) untold(uid types.UID) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	clear(w.truth.told)
+	maps.DeleteFunc(w.truth.told, func(s subject, _ v1.ContainerStatus) bool { return uid == "" || s.uid == uid })
 }
 
 func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {

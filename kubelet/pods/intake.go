@@ -63,7 +63,7 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.refreshVolumes(l) // of the downward API
 	}
 	w.allocate(l)
-	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() {
+	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() && l.failed == nil {
 		w.finish(l, &pod.Status)
 	}
 }
@@ -88,7 +88,13 @@ func (l *life) final() bool { return fromAPI(l.d.Pod) && status.Over(l.status.Ph
 // finish a pod that its apiserver says is over.
 func (w *worker) finish(l *life, st *v1.PodStatus) {
 	w.log.Info("pod is over by its apiserver's word", "uid", l.d.Pod.UID, "phase", st.Phase, "reason", st.Reason)
-	w.conclude(l, st)
+	if st.Phase == v1.PodFailed { // told when nothing of it can run any more
+		l.failed = &status.Cause{Reason: st.Reason, Message: st.Message}
+		l.o.Completed = true
+		w.t.admitted.leaves(l.d.Pod.UID)
+	} else {
+		w.conclude(l, st)
+	}
 	w.stop(l, Stop{Grace: podGrace(l.d.Pod), Reason: st.Reason, Message: st.Message, Failed: true})
 }
 
