@@ -203,10 +203,9 @@ func (w *world) checkRuntime(wanted map[types.UID]bool) {
 			w.breach("record %s is left", filepath.Base(f))
 		}
 	}
-	logs, _ := filepath.Glob(filepath.Join(w.dir, "log/pods/*"))
-	for _, f := range logs {
-		if _, uid, _ := strings.Cut(strings.TrimPrefix(filepath.Base(f), "default_"), "_"); !wanted[types.UID(uid)] {
-			w.breach("logs %s are left", filepath.Base(f))
+	for _, uid := range w.logs() {
+		if !wanted[uid] && !w.stray[uid] {
+			w.breach("logs of %s are left", uid)
 		}
 	}
 }

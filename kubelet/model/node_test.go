@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -172,6 +173,26 @@ func (w *world) kill() {
 	w.podd.cancel()
 	w.podd.work.Wait()
 	w.mayForget()
+	w.strayLogs()
+}
+
+// logs are the directories of pods' logs, by UID.
+func (w *world) logs() (uids []types.UID) {
+	dirs, _ := filepath.Glob(filepath.Join(w.dir, "log/pods/*"))
+	for _, d := range dirs {
+		uids = append(uids, types.UID(d[strings.LastIndexByte(d, '_')+1:]))
+	}
+	return uids
+}
+
+// strayLogs: those of a pod without a record are left, as they may be those of
+// somebody else who shares the log directory (pods.Table.sweep).
+func (w *world) strayLogs() {
+	for _, uid := range w.logs() {
+		if !w.disk.has(uid) {
+			w.stray[uid] = true
+		}
+	}
 }
 
 // mayForget what neither a record says any more, nor the apiserver or the runtime.

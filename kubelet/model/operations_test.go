@@ -364,6 +364,7 @@ func (h *history) loseRecords(of int) {
 		}
 	}
 	h.mayForget()
+	h.strayLogs()
 }
 
 // powerCut ends all; of the records some are old.

@@ -98,6 +98,7 @@ func (w *world) forgotten(uid types.UID) {
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return s.uid == uid })
 	delete(w.truth.over, uid)
 	w.truth.past[uid] = true
+	maps.DeleteFunc(w.truth.told, func(s subject, _ v1.ContainerStatus) bool { return s.uid == uid })
 }
 
 // unknowing: podd has begun anew. Of the pods with a record, or that the
@@ -147,7 +148,9 @@ func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {
 			key := subject{pod.UID, list[i].Name}
 			before := w.truth.told[key]
 			w.truth.untrueContainer(owner, &before, &list[i], bad)
-			w.truth.told[key] = list[i]
+			if !w.truth.past[pod.UID] {
+				w.truth.told[key] = list[i]
+			}
 		}
 	}
 	if !status.Over(is.Phase) || status.Over(was.Phase) || owner == "" {

@@ -29,6 +29,7 @@ type world struct {
 	// statics are the node's own manifests, by name.
 	statics map[string]*v1.Pod
 	nodeUID types.UID
+	stray   map[types.UID]bool // see strayLogs
 
 	mu     sync.Mutex
 	rolls  map[string]uint64
@@ -47,7 +48,7 @@ type line struct {
 
 func newWorld(t testing.TB, seed uint64) *world {
 	w := &world{
-		t: t, seed: seed, dir: t.TempDir(), statics: map[string]*v1.Pod{}, nodeUID: "node-0",
+		t: t, seed: seed, dir: t.TempDir(), statics: map[string]*v1.Pod{}, nodeUID: "node-0", stray: map[types.UID]bool{},
 		rolls: map[string]uint64{}, truth: newTruth(),
 	}
 	w.api, w.rt, w.machine, w.disk = newServer(w), newShim(w), &machine{w: w}, newDisk(filepath.Join(w.dir, "records"))
