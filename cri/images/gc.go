@@ -31,6 +31,9 @@ const (
 	gcDelay = 200 * time.Millisecond
 	// gcLatest is how long a burst without end may put it off.
 	gcLatest = 2 * time.Second
+	// gcRetry is when a collection that came upon an error is tried again: the
+	// disk may have had trouble, and nobody else may ever ask.
+	gcRetry = time.Minute
 )
 
 func (s *Store) kickGC() {
@@ -61,7 +64,10 @@ func (s *Store) collectLoop() {
 		first = time.Time{}
 		next, err := s.collect(s.ctx, s.cfg.PartialTTL)
 		if err != nil && s.ctx.Err() == nil {
-			s.log.Warn("image garbage collection is incomplete", "error", err)
+			s.log.Warn("image garbage collection is incomplete, tried again", "error", err)
+			if next == 0 || next > s.gcRetry {
+				next = s.gcRetry
+			}
 		}
 		if next > 0 {
 			timer.Reset(next)
@@ -236,13 +242,25 @@ func (s *Store) collectIngests(ctx context.Context, ttl time.Duration, next *tim
 				continue
 			}
 		}
-		s.mu.Lock() // a fetch is entered under mu before it opens its ingest
-		if !s.ingesting(e.Name()) {
-			errs = append(errs, os.Rename(dir, s.trash(e.Name())))
-		}
-		s.mu.Unlock()
+		errs = append(errs, s.dropIngest(e.Name()))
 	}
 	return errors.Join(errs...)
+}
+
+// dropIngest moves an ingest away unless somebody writes it: fetches and imports
+// are entered under mu before they open theirs. One that has ended since it was
+// listed is gone.
+func (s *Store) dropIngest(name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ingesting(name) {
+		return nil
+	}
+	err := os.Rename(filepath.Join(s.ingestDir(), name), s.trash(name))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 func (s *Store) ingestDir() string { return filepath.Join(s.cfg.Dir, "content", "ingest") }
@@ -268,11 +286,7 @@ func (s *Store) dropPartial(blobs map[digest.Digest]struct{}) error {
 		if _, mine := blobs[digest.Digest(d)]; err != nil || !ok || !mine {
 			continue
 		}
-		s.mu.Lock()
-		if !s.ingesting(e.Name()) {
-			errs = append(errs, os.Rename(dir, s.trash(e.Name())))
-		}
-		s.mu.Unlock()
+		errs = append(errs, s.dropIngest(e.Name()))
 	}
 	return errors.Join(errs...)
 }

@@ -184,7 +184,7 @@ func (s *Store) endUnpacking(key unpackKey, u *unpacking) {
 		if _, done := s.layers[key.chain]; !done {
 			s.layers[key.chain] = u.info
 		}
-		s.unsynced[key.chain] = struct{}{}
+		s.unsynced[key.chain] = s.trashed.Add(1)
 		close(s.unpacked)
 		s.unpacked = make(chan struct{})
 	}

@@ -533,15 +533,8 @@ func (s *Store) layersOf(ctx context.Context, from source, m *ocispec.Manifest, 
 
 // syncLayers puts unpacked layers on disk for good, all with one syncfs.
 func (s *Store) syncLayers(fs int, chains []digest.Digest) error {
-	s.mu.Lock()
-	var pending []digest.Digest
-	needed := false
-	for c := range s.unsynced {
-		pending = append(pending, c)
-		needed = needed || slices.Contains(chains, c)
-	}
-	s.mu.Unlock()
-	if !needed {
+	pending := s.toSync(chains)
+	if pending == nil {
 		return nil
 	}
 	if !s.cfg.NoSync {
@@ -549,12 +542,30 @@ func (s *Store) syncLayers(fs int, chains []digest.Digest) error {
 			return fmt.Errorf("sync layers: %w", err)
 		}
 	}
-	s.mu.Lock()
-	for _, c := range pending {
-		delete(s.unsynced, c)
-	}
-	s.mu.Unlock()
+	s.synced(pending)
 	return nil
+}
+
+// toSync returns what a sync now puts on disk; nil: none of chains needs one.
+func (s *Store) toSync(chains []digest.Digest) map[digest.Digest]int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if !slices.ContainsFunc(chains, func(c digest.Digest) bool { _, ok := s.unsynced[c]; return ok }) {
+		return nil
+	}
+	return maps.Clone(s.unsynced)
+}
+
+// synced notes that pending is on disk. A layer that was collected and unpacked
+// again meanwhile is not.
+func (s *Store) synced(pending map[digest.Digest]int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c, n := range pending {
+		if s.unsynced[c] == n {
+			delete(s.unsynced, c)
+		}
+	}
 }
 
 // manifest reads the manifest that desc is or leads to through an index.

@@ -36,15 +36,16 @@ type Store struct {
 	unpackSlots *semaphore.Weighted
 	raceAfter   time.Duration
 	givenUpTTL  time.Duration
+	gcRetry     time.Duration
 
 	records sync.Mutex // serialises changes of records on disk
 
 	mu         sync.RWMutex
 	images     map[digest.Digest]*record
-	names      map[string]digest.Digest   // every tag and digest reference
-	layers     map[digest.Digest]layer    // unpacked and complete, by chain
-	bare       map[string]struct{}        // layers that only snapshots need, by directory
-	unsynced   map[digest.Digest]struct{} // unpacked, perhaps not on disk yet
+	names      map[string]digest.Digest // every tag and digest reference
+	layers     map[digest.Digest]layer  // unpacked and complete, by chain
+	bare       map[string]struct{}      // layers that only snapshots need, by directory
+	unsynced   map[digest.Digest]int64  // unpacked, perhaps not on disk yet; which unpacking of it, by number
 	unpackings map[unpackKey]*unpacking
 	unpacked   chan struct{}              // closed, and replaced, when a layer comes to layers
 	fetches    map[digest.Digest][]*fetch // oldest first
@@ -105,11 +106,12 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		names:         map[string]digest.Digest{},
 		layers:        map[digest.Digest]layer{},
 		bare:          map[string]struct{}{},
-		unsynced:      map[digest.Digest]struct{}{},
+		unsynced:      map[digest.Digest]int64{},
 		unpackings:    map[unpackKey]*unpacking{},
 		unpacked:      make(chan struct{}),
 		raceAfter:     raceAfter,
 		givenUpTTL:    givenUpTTL,
+		gcRetry:       gcRetry,
 		fetches:       map[digest.Digest][]*fetch{},
 		pulls:         map[pullKey]*pull{},
 		imports:       map[string]struct{}{},
