@@ -54,7 +54,7 @@ func (n *Node) tell(all ...change) {
 
 // tellSchedulable of a Node that was cordoned or uncordoned.
 func (n *Node) tellSchedulable(was, is *v1.Node) {
-	if was == nil || is == nil || was.Spec.Unschedulable == is.Spec.Unschedulable {
+	if was.Spec.Unschedulable == is.Spec.Unschedulable {
 		return
 	}
 	reason := "NodeSchedulable"

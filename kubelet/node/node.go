@@ -62,6 +62,11 @@ type Node struct {
 	log  *slog.Logger
 	wake chan struct{}
 
+	// telling is held from learning what the Node is to having told it: whatever
+	// road it came by, what is new is told once and in order. It comes before mu.
+	telling sync.Mutex
+	told    *v1.Node // what others were told last; guarded by telling
+
 	mu sync.Mutex
 	// node as the apiserver has it; nil: it has none.
 	node     *v1.Node
@@ -139,8 +144,11 @@ func (n *Node) Current() *v1.Node {
 	return n.planned
 }
 
-// seen takes what the watch says of the Node.
+// seen takes what the watch says of the Node; nil: there is none. It is taken as
+// it is: a database may have been restored from a backup.
 func (n *Node) seen(node *v1.Node) {
+	n.telling.Lock()
+	defer n.telling.Unlock()
 	n.mu.Lock()
 	was := n.node
 	if node != nil {
@@ -148,16 +156,43 @@ func (n *Node) seen(node *v1.Node) {
 	}
 	n.node = node
 	n.mu.Unlock()
-	n.tellSchedulable(was, node)
-	switch {
-	case node == nil:
+	n.tellNew(node)
+	if node == nil {
 		if was != nil {
 			n.log.Warn("the Node was deleted, it is registered again", "node", n.cfg.Name)
 		}
 		n.poke()
+	}
+}
+
+// answered takes the answer to a request that was made when since was known. It
+// is left out when the watch has told something meanwhile: that is later, or
+// what the request has done follows.
+func (n *Node) answered(since, node *v1.Node) {
+	n.telling.Lock()
+	defer n.telling.Unlock()
+	n.mu.Lock()
+	old := n.node != since
+	if !old {
+		n.node = node
+	}
+	n.mu.Unlock()
+	if !old {
+		n.tellNew(node)
+	}
+}
+
+// tellNew tells what is new in the Node; n.telling is held.
+func (n *Node) tellNew(node *v1.Node) {
+	was := n.told
+	n.told = node
+	switch {
+	case node == nil:
 	case was == nil || was.UID != node.UID:
 		n.cfg.Registered(node.UID)
 		n.poke()
+	default:
+		n.tellSchedulable(was, node)
 	}
 }
 
@@ -211,14 +246,11 @@ func (n *Node) register(ctx context.Context, status v1.NodeStatus) error {
 	if err != nil {
 		return fmt.Errorf("register node %s: %w", n.cfg.Name, err)
 	}
-	n.mu.Lock()
-	n.node = is
-	n.mu.Unlock()
 	if made {
 		n.tell(changes(n.cfg.Name, nil, &status)...)
 	}
 	n.log.Info("node registered", "node", n.cfg.Name, "uid", is.UID)
-	n.cfg.Registered(is.UID)
+	n.answered(nil, is)
 	n.poke() // its status may be of another time
 	return nil
 }
@@ -253,22 +285,14 @@ func (n *Node) report(ctx context.Context, node *v1.Node, status v1.NodeStatus) 
 	is := &v1.Node{}
 	err = n.cfg.Client.Patch(ctx, apiserver.Ref{Resource: "nodes", Name: n.cfg.Name, Subresource: "status"}, patch, is)
 	if apierrors.IsNotFound(err) {
-		n.mu.Lock()
-		if n.node == node {
-			n.node = nil
-		}
-		n.mu.Unlock()
+		n.answered(node, nil)
 		n.poke()
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("patch status of node %s: %w", n.cfg.Name, err)
 	}
-	n.mu.Lock()
-	if n.node == node {
-		n.node = is
-	}
-	n.mu.Unlock()
+	n.answered(node, is)
 	n.reported = now.Time
 	n.tell(changes(n.cfg.Name, &node.Status, &status)...)
 	return nil
