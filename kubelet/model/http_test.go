@@ -50,6 +50,7 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 		req.Body.Close()
 	}
 	die := c.s.w.roll(req.Method, req.URL.Path)
+	asked := time.Now()
 	c.s.w.note("  ask %s %s", req.Method, req.URL)
 	first, second, fate, late := c.s.w.latency(die), c.s.w.latency(die), die.IntN(100), die.IntN(2) == 0
 	if c.s.w.isCalm() {
@@ -57,7 +58,7 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if err := c.pass(req.Context(), first); err != nil || c.s.isAway() || fate < 2 {
 		if err != nil && late { // it was on its way already
-			c.serve(req, body)
+			c.serve(req, body, asked)
 		}
 		return nil, errors.Join(err, errReset)
 	}
@@ -76,7 +77,7 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 	}
 	if resp == nil {
-		resp = c.serve(req, body)
+		resp = c.serve(req, body, asked)
 	}
 	if watching(req) {
 		return resp, nil
@@ -121,7 +122,7 @@ func podName(req *http.Request) string {
 func watching(req *http.Request) bool { return req.URL.Query().Get("watch") == "true" }
 
 // serve a request: its effect, and what is answered.
-func (c *conn) serve(req *http.Request, body []byte) *http.Response {
+func (c *conn) serve(req *http.Request, body []byte, asked time.Time) *http.Response {
 	s, name := c.s, podName(req)
 	switch {
 	case req.Method == http.MethodGet && req.URL.Path == "/api/v1/pods":
@@ -135,7 +136,7 @@ func (c *conn) serve(req *http.Request, body []byte) *http.Response {
 		}
 		return refusal(apierrors.NewNotFound(v1.Resource("pods"), name))
 	case req.Method == http.MethodPatch:
-		return outcome(s.patchStatus(name, body))
+		return outcome(s.patchStatus(name, body, asked))
 	case req.Method == http.MethodPost:
 		return s.serveCreate(body)
 	case req.Method == http.MethodDelete:

@@ -274,7 +274,6 @@ func (h *history) again() {
 	h.mayForget()
 	pod := was.DeepCopy()
 	pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds, pod.Finalizers = nil, nil, nil
-	pod.Spec.EphemeralContainers = nil
 	h.post(pod, was.UID)
 }
 

@@ -40,6 +40,8 @@ type server struct {
 	// restores of backups so far.
 	restores int64
 	uids     int
+	// born is when each pod was made, the last time.
+	born map[types.UID]time.Time
 	// away until then: nobody answers.
 	away time.Time
 	// lists only: it sends no initial events, as before 1.34.
@@ -64,7 +66,7 @@ type backup struct {
 }
 
 func newServer(w *world) *server {
-	return &server{w: w, rv: 1, pods: map[string]*stored{}, watches: map[*watcher]bool{}}
+	return &server{w: w, rv: 1, pods: map[string]*stored{}, watches: map[*watcher]bool{}, born: map[types.UID]time.Time{}}
 }
 
 func here(s *stored) bool { return s != nil && s.pod.Spec.NodeName == nodeName }
@@ -148,6 +150,7 @@ func (s *server) create(pod *v1.Pod, uid types.UID) (*stored, error) {
 		uid = types.UID(fmt.Sprintf("%s-%d", pod.Name, s.uids))
 	}
 	s.w.untold(uid)
+	s.born[uid] = time.Now()
 	pod.UID, pod.Generation, pod.CreationTimestamp = uid, 1, metav1.Now()
 	pod.Status = v1.PodStatus{Phase: v1.PodPending, QOSClass: v1.PodQOSBurstable}
 	return s.put(pod), nil
@@ -211,8 +214,9 @@ func (s *server) release(name string) {
 	}
 }
 
-// patchStatus is what podd tells of a pod.
-func (s *server) patchStatus(name string, patch []byte) (*stored, error) {
+// patchStatus is what podd tells of a pod. What it asked for before the pod was
+// made, again with its UID, is of the one before.
+func (s *server) patchStatus(name string, patch []byte, asked time.Time) (*stored, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	have := s.pods[name]
@@ -233,7 +237,9 @@ func (s *server) patchStatus(name string, patch []byte) (*stored, error) {
 	pod := have.pod.DeepCopy()
 	pod.Status = to.Status
 	s.w.note("podd tells of %s (%s): %s", name, pod.UID, brief{&pod.Status})
-	s.w.reported(pod, &have.pod.Status, &pod.Status)
+	if !asked.Before(s.born[pod.UID]) {
+		s.w.reported(pod, &have.pod.Status, &pod.Status)
+	}
 	return s.put(pod), nil
 }
 

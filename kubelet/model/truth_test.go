@@ -8,6 +8,7 @@ import (
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
 	"github.com/podd-runtime/podd/kubelet/status"
 )
 
@@ -157,7 +158,7 @@ func (w *world) untrue(pod *v1.Pod, was, is *v1.PodStatus) (problems []string) {
 		return problems
 	}
 	for id, i := range w.truth.instances {
-		if i.uid == owner && !i.started.IsZero() && i.ended.IsZero() {
+		if i.uid == owner && spec.Container(pod, i.name) != nil && !i.started.IsZero() && i.ended.IsZero() {
 			bad("phase %s, and container %s runs", is.Phase, id)
 		}
 	}

@@ -135,7 +135,7 @@ func (w *worker) conclude(l *life, st *v1.PodStatus) {
 // inherit what its apiserver knows of a pod that has no record here: it is where
 // its status goes on from.
 func (l *life) inherit(pod *v1.Pod) {
-	if l.bare && fromAPI(pod) {
+	if l.bare && fromAPI(pod) && pod.Status.Phase != "" {
 		l.status = *pod.Status.DeepCopy()
 	}
 	l.bare = false
