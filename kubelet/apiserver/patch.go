@@ -120,7 +120,9 @@ func wanted(base *v1.PodStatus, shown *v1.Pod) *v1.PodStatus {
 		return nil // a pod never leaves its terminal phase
 	}
 	w := base.DeepCopy()
-	w.Phase, w.Reason, w.Message = st.Phase, st.Reason, st.Message
+	if !over(base.Phase) { // the first that was told is the last
+		w.Phase, w.Reason, w.Message = st.Phase, st.Reason, st.Message
+	}
 	if over(st.Phase) && !over(base.Phase) && running(st) {
 		// A pod is over when its containers are: others take its place, its
 		// ports and its volumes as soon as they are told.

@@ -208,14 +208,16 @@ func (w *worker) adopt(l *life, f *found) {
 		c := f.containers[i]
 		l.unstarted(&c)
 		w.t.own(c.ID, w)
+		var b status.Container
 		if j := slices.IndexFunc(before, func(b status.Container) bool { return b.ID == c.ID }); j >= 0 {
-			b := before[j]
-			if b.State == status.Exited {
-				c = b // its message may have been read from files since gone
-			} else if c.State == status.Running {
-				c.Started, c.Ready, c.Starting = b.Started, b.Ready, b.Starting
-			}
-		} else {
+			b = before[j]
+		}
+		switch {
+		case b.State == status.Exited:
+			c = b // its message may have been read from files since gone
+		case c.State == status.Running && b.State == status.Running:
+			c.Started, c.Ready, c.Starting = b.Started, b.Ready, b.Starting
+		case c.State == status.Running:
 			w.initial(l, &c)
 			if made := l.applied[c.Name]; made != nil && !l.unseen { // its start ended without a word
 				l.outdated(made)
