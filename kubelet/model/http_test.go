@@ -397,7 +397,7 @@ func (w *watcher) deliver(ctx context.Context, c change, dead <-chan struct{}) b
 	if typ == "" {
 		return true
 	}
-	t := time.NewTimer(w.s.w.latency(w.s.w.roll("event", fmt.Sprintf("%s %s", is.pod.UID, is.pod.ResourceVersion))))
+	t := time.NewTimer(w.s.w.delay() + w.s.w.latency(w.s.w.roll("event", fmt.Sprintf("%s %s", is.pod.UID, is.pod.ResourceVersion))))
 	defer t.Stop()
 	select {
 	case <-t.C:

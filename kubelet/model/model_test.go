@@ -22,7 +22,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/go-logr/logr"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	"k8s.io/klog/v2"
 )
 
 const (
@@ -38,6 +40,7 @@ func TestMain(m *testing.M) {
 	// client-go's own waits at least so long after the error before, and that was
 	// at another time: that of the world before, or of ours.
 	utilruntime.ErrorHandlers = nil
+	klog.SetLogger(logr.Discard())
 	os.Exit(m.Run())
 }
 

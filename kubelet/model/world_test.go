@@ -37,6 +37,12 @@ type world struct {
 	story  []line
 	broken []string
 	truth  truth
+	// hooks are what happens before the next effect of a call of that name;
+	// losses are calls whose next answer is lost.
+	hooks  map[string]func()
+	losses map[string]bool
+	// lag of all events of watches.
+	lag time.Duration
 }
 
 // line of the story of a history, put into words only when it is told.
@@ -49,7 +55,7 @@ type line struct {
 func newWorld(t testing.TB, seed uint64) *world {
 	w := &world{
 		t: t, seed: seed, dir: t.TempDir(), statics: map[string]*v1.Pod{}, nodeUID: "node-0", stray: map[types.UID]bool{},
-		rolls: map[string]uint64{}, truth: newTruth(),
+		rolls: map[string]uint64{}, hooks: map[string]func(){}, losses: map[string]bool{}, truth: newTruth(),
 	}
 	w.api, w.rt, w.machine, w.disk = newServer(w), newShim(w), &machine{w: w}, newDisk(filepath.Join(w.dir, "records"))
 	return w
@@ -129,4 +135,28 @@ func (w *world) telling() string {
 		fmt.Fprintf(&b, "%s %s\n", l.at.Format("15:04:05.000000"), fmt.Sprintf(l.format, l.args...))
 	}
 	return b.String()
+}
+
+// take what is to happen before the effect of a call, once.
+func (w *world) take(call string) func() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f := w.hooks[call]
+	delete(w.hooks, call)
+	return f
+}
+
+// lost says that the answer of a call does not arrive, once.
+func (w *world) lost(call string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	is := w.losses[call]
+	delete(w.losses, call)
+	return is
+}
+
+func (w *world) delay() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.lag
 }
