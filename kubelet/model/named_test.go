@@ -7,6 +7,7 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -41,7 +42,8 @@ func play(t *testing.T, happens func(s *script)) {
 	})
 }
 
-// before the effect of the next call of that name f happens.
+// before the effect of the next call of that name f happens; with a ! behind it,
+// before its answer.
 func (s *script) before(call string, f func()) {
 	s.mu.Lock()
 	s.hooks[call] = f
@@ -81,7 +83,13 @@ func pod(change ...func(*v1.Pod)) *v1.Pod {
 	return p
 }
 
-func never(p *v1.Pod)     { p.Spec.RestartPolicy = v1.RestartPolicyNever }
+func never(p *v1.Pod) { p.Spec.RestartPolicy = v1.RestartPolicyNever }
+func deleted(p *v1.Pod) {
+	now, grace := metav1.Now().Rfc3339Copy(), int64(1)
+	p.DeletionTimestamp, p.DeletionGracePeriodSeconds = &now, &grace
+	p.Generation++
+}
+
 func finalizer(p *v1.Pod) { p.Finalizers = []string{"example.com/wait"} }
 
 func (s *script) make(p *v1.Pod) types.UID {
@@ -166,11 +174,12 @@ func TestPodIsDeletedDuringAStart(t *testing.T) {
 // gets ready.
 func TestReadinessAfterAStartWithoutAnAnswer(t *testing.T) {
 	play(t, func(s *script) {
-		s.before("StartContainer", func() {
-			time.Sleep(90 * time.Second) // an audit sees it
-		})
-		s.lose("StartContainer")
+		// The runtime is looked at when the start of b has no answer, before that of a.
+		s.before("StartContainer c-p-1-a-1", func() { time.Sleep(5 * time.Second) })
+		s.lose("StartContainer c-p-1-a-1")
+		s.lose("StartContainer c-p-1-b-1")
 		s.make(pod(func(p *v1.Pod) {
+			p.Spec.Containers = append(p.Spec.Containers, makeContainer("b"))
 			p.Spec.Containers[0].ReadinessProbe = &v1.Probe{
 				ProbeHandler:  v1.ProbeHandler{Exec: &v1.ExecAction{Command: []string{"x"}}},
 				PeriodSeconds: 10, TimeoutSeconds: 1, SuccessThreshold: 1, FailureThreshold: 1,
@@ -267,15 +276,16 @@ func TestPodIsOverDuringAResize(t *testing.T) {
 }
 
 // A terminal phase at the apiserver stays as it is, whatever podd makes of the pod.
-func TestSucceededPodWithoutItsRecord(t *testing.T) {
+func TestSucceededPodWithAnOldRecord(t *testing.T) {
 	play(t, func(s *script) {
 		p := s.running(never, finalizer)
-		s.api.remove("p", nil, "")
+		s.disk.age()
 		s.rt.exit(s.only(), 0, "Completed")
+		s.wait(time.Second)
+		s.api.change("p", false, deleted)
 		s.wait(time.Minute)
 		s.kill()
-		s.disk.lose(string(p.UID) + ".json")
-		s.mayForget()
+		s.disk.revert(string(p.UID) + ".json")
 		s.begin()
 		s.wait(time.Minute)
 		if p := s.api.get("p"); p.Status.Phase != v1.PodSucceeded {
@@ -307,7 +317,44 @@ func TestStatusGoesNotBackAsThePodIsRemoved(t *testing.T) {
 		s.running(finalizer)
 		s.rt.exit(s.only(), 1, "Error")
 		s.wait(20 * time.Second)
+		s.before("RemoveContainer c-p-1-a-1", func() { time.Sleep(3 * time.Second) })
 		s.api.remove("p", nil, "")
+		s.wait(time.Minute)
+	})
+}
+
+// A pod that goes and comes back under its UID has its objects watched.
+func TestObjectsOfAPodThatComesBack(t *testing.T) {
+	play(t, func(s *script) {
+		p := s.running()
+		s.api.remove("p", new(int64(0)), "")
+		s.machine.set(true)
+		s.wait(100 * time.Millisecond)
+		s.back(p)
+		s.wait(30 * time.Second)
+		s.machine.set(false)
+	})
+}
+
+// back is a pod under the UID that it had.
+func (s *script) back(p *v1.Pod) {
+	if _, err := s.api.create(pod(), p.UID); err != nil {
+		s.t.Error(err)
+	}
+}
+
+// A pod that others say has failed is told to be when nothing of it runs.
+func TestPodFailedByOthersDuringAStart(t *testing.T) {
+	play(t, func(s *script) {
+		p := s.running()
+		s.before("StartContainer!", func() {
+			s.api.change("p", false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
+			time.Sleep(time.Second)
+			s.api.remove("p", new(int64(0)), "")
+			s.back(p)
+			time.Sleep(time.Second)
+		})
+		s.rt.exit(s.only(), 1, "Error")
 		s.wait(time.Minute)
 	})
 }

@@ -91,16 +91,21 @@ func (c *caller) call(ctx context.Context, name, subject string, work func() err
 	if c.isAway() || fate == 1 {
 		return fmt.Errorf("%s %s: %w", name, subject, errdefs.ErrUnavailable)
 	}
-	if f := c.w.take(name); f != nil {
-		f()
+	for _, which := range []string{name, name + " " + subject} {
+		if f := c.w.take(which); f != nil {
+			f()
+		}
 	}
 	if err := work(); err != nil {
 		return err
 	}
+	if f := c.w.take(name + "!"); f != nil {
+		f()
+	}
 	if err := c.pass(ctx, after); err != nil {
 		return err
 	}
-	if fate == 2 || c.w.lost(name) {
+	if fate == 2 || c.w.lost(name) || c.w.lost(name+" "+subject) {
 		return fmt.Errorf("%s %s, whose answer is lost: %w", name, subject, errdefs.ErrUnavailable)
 	}
 	return nil
