@@ -75,7 +75,8 @@ func (p *Pods) createMirror(ctx context.Context, static *v1.Pod, node types.UID)
 		return fmt.Errorf("create mirror pod %s: %w", name(m), err)
 	}
 	if made = p.version(made.UID); made == nil {
-		return nil // deleted meanwhile: what told of that has it made anew
+		p.kick(ctx, static.UID) // deleted meanwhile, or a list was faster: it is looked at again
+		return nil
 	}
 	return p.patch(ctx, made, static)
 }

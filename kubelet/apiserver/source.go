@@ -79,6 +79,8 @@ type Pods struct {
 	// come from the past.
 	writes int
 	buried map[types.UID]bool
+	// lists that have come in.
+	lists int
 	// orphans are the mirror pods of no static pod that are being deleted.
 	orphans map[types.UID]bool
 	// static are the pods of the node's own manifests, by name.
@@ -341,10 +343,16 @@ func (p *Pods) forgetUses(uid types.UID) {
 func (p *Pods) write(ctx context.Context, request func(into *v1.Pod) error) error {
 	p.mu.Lock()
 	p.writes++
+	lists := p.lists
 	p.mu.Unlock()
 	is := &v1.Pod{}
 	err := request(is)
-	if err == nil {
+	p.mu.Lock()
+	// A list has come in since that does not have it: either it is gone again, or
+	// the watch is about to tell of it.
+	past := p.lists != lists && p.known[is.UID] == nil
+	p.mu.Unlock()
+	if err == nil && !past {
 		p.hear(ctx, is, answer)
 	}
 	p.mu.Lock()
@@ -362,6 +370,7 @@ func (p *Pods) replace(ctx context.Context, all []*v1.Pod) {
 		there[pod.UID] = true
 	}
 	p.mu.Lock()
+	p.lists++
 	var gone []types.UID
 	for uid := range p.known {
 		if !there[uid] {

@@ -82,6 +82,9 @@ func (c *conn) RoundTrip(req *http.Request) (*http.Response, error) {
 	if watching(req) {
 		return resp, nil
 	}
+	if f := c.s.w.take(req.Method + "!"); f != nil {
+		f()
+	}
 	if err := c.pass(req.Context(), second); err != nil || fate == 8 || c.s.isAway() {
 		return nil, errors.Join(err, errReset)
 	}

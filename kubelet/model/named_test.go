@@ -323,6 +323,22 @@ func TestStatusGoesNotBackAsThePodIsRemoved(t *testing.T) {
 	})
 }
 
+// A mirror pod that is gone again before a list, which overtakes the answer to its
+// POST, is made anew.
+func TestListOvertakesAMirrorPodsAnswer(t *testing.T) {
+	play(t, func(s *script) {
+		s.before("POST!", func() {
+			s.api.remove("s-"+nodeName, new(int64(0)), "")
+			s.api.compact()
+			s.api.cutWatches()
+			time.Sleep(10 * time.Second)
+		})
+		s.slow(time.Second)
+		s.static("r1")
+		s.wait(time.Minute)
+	})
+}
+
 // A pod that goes and comes back under its UID has its objects watched.
 func TestObjectsOfAPodThatComesBack(t *testing.T) {
 	play(t, func(s *script) {
