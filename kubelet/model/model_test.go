@@ -16,6 +16,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"sync/atomic"
 	"testing"
@@ -41,6 +42,7 @@ func TestMain(m *testing.M) {
 	// at another time: that of the world before, or of ours.
 	utilruntime.ErrorHandlers = nil
 	klog.SetLogger(logr.Discard())
+	debug.SetGCPercent(400) // worlds are small and many
 	os.Exit(m.Run())
 }
 
