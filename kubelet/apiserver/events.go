@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net/http"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -64,7 +66,7 @@ func (e *Events) Run(ctx context.Context) error {
 	began := time.Now()
 	for ev := range e.from.Watch(ctx) {
 		event, ok := ev.Object.(*v1.Event)
-		if !ok || ev.Type == watch.Deleted || event.LastTimestamp.Time.Before(began.Truncate(time.Second)) {
+		if !ok || ev.Type == watch.Deleted || event.LastTimestamp.Time.Before(earliest(began, time.Now(), time.Since(began))) {
 			continue // of an earlier run
 		}
 		if !e.admit(event) {
@@ -76,6 +78,15 @@ func (e *Events) Run(ctx context.Context) error {
 		e.send(ctx, event)
 	}
 	return nil
+}
+
+// earliest time, to the second, of an event of a run that began up ago: by the
+// clock of then, or by the one of now if that was set back meanwhile.
+func earliest(began, now time.Time, up time.Duration) time.Time {
+	if then := now.Add(-up).Round(0); then.Before(began.Round(0)) {
+		began = then
+	}
+	return began.Truncate(time.Second)
 }
 
 // admit says whether the object of the event has not had too many already.
@@ -101,33 +112,9 @@ func (e *Events) admit(event *v1.Event) bool {
 
 func (e *Events) send(ctx context.Context, event *v1.Event) {
 	key := name(event)
-	ref := Ref{Resource: "events", Namespace: event.Namespace}
-	for try := 1; ctx.Err() == nil; try++ {
-		var err error
-		if e.sent[key] {
-			one := ref
-			one.Name = event.Name
-			var patch []byte
-			patch, err = json.Marshal(map[string]any{
-				"count": event.Count, "lastTimestamp": event.LastTimestamp, "message": event.Message,
-			})
-			if err == nil {
-				err = e.client.Patch(ctx, one, patch, nil)
-			}
-			if apierrors.IsNotFound(err) { // it was an hour ago
-				delete(e.sent, key)
-				continue
-			}
-		} else {
-			made := event.DeepCopy()
-			made.ResourceVersion, made.CreationTimestamp = "", metav1.Time{}
-			err = e.client.Create(ctx, ref, made, nil)
-			if apierrors.IsAlreadyExists(err) {
-				e.sent[key] = true
-				continue
-			}
-		}
-		var status *apierrors.StatusError
+	var err error
+	for try := 1; try <= eventTries && ctx.Err() == nil; try++ {
+		err = e.put(ctx, event)
 		switch {
 		case err == nil:
 			if len(e.sent) >= maxSent {
@@ -135,13 +122,53 @@ func (e *Events) send(ctx context.Context, event *v1.Event) {
 			}
 			e.sent[key] = true
 			return
-		case errors.As(err, &status) && !apierrors.IsTooManyRequests(err) && !apierrors.IsInternalError(err) && !apierrors.IsServerTimeout(err):
+		case e.sent[key] && apierrors.IsNotFound(err): // it was an hour ago
+			delete(e.sent, key)
+			continue
+		case !e.sent[key] && apierrors.IsAlreadyExists(err):
+			e.sent[key] = true
+			continue
+		case refused(err):
 			e.log.Debug("event is refused", "object", event.InvolvedObject.Name, "reason", event.Reason, "error", err)
-			return
-		case try >= eventTries:
-			e.log.Warn("event is dropped: the apiserver does not answer", "object", event.InvolvedObject.Name, "reason", event.Reason, "error", err)
 			return
 		}
 		sleep(ctx, Backoff(try, time.Second, 10*time.Second))
+	}
+	if ctx.Err() == nil {
+		e.log.Warn("event is dropped: the apiserver does not take it", "object", event.InvolvedObject.Name, "reason", event.Reason, "error", err)
+	}
+}
+
+// put makes the event at the apiserver, or patches the one that is there.
+func (e *Events) put(ctx context.Context, event *v1.Event) error {
+	ref := Ref{Resource: "events", Namespace: event.Namespace}
+	if !e.sent[name(event)] {
+		made := event.DeepCopy()
+		made.ResourceVersion, made.CreationTimestamp = "", metav1.Time{}
+		return e.client.Create(ctx, ref, made, nil)
+	}
+	ref.Name = event.Name
+	patch, err := json.Marshal(map[string]any{
+		"count": event.Count, "lastTimestamp": event.LastTimestamp, "message": event.Message,
+	})
+	if err != nil {
+		return fmt.Errorf("encode event %s: %w", event.Name, err)
+	}
+	return e.client.Patch(ctx, ref, patch, nil)
+}
+
+// refused says whether an error is the apiserver's answer to what was asked. One
+// that has too much to do, is about to end, or does not know the node's new
+// certificate yet has not answered.
+func refused(err error) bool {
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return false
+	}
+	switch code := status.Status().Code; code {
+	case http.StatusUnauthorized, http.StatusRequestTimeout, http.StatusTooManyRequests:
+		return false
+	default:
+		return code >= 400 && code < 500
 	}
 }

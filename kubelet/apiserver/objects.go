@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,8 +19,9 @@ import (
 )
 
 // Objects are the ConfigMaps and Secrets that pods of this node use: each is
-// watched by itself from the first pod that uses it until the last is gone,
-// the immutable ones until they are known.
+// watched by itself from the first pod that uses it until the last is gone. An
+// immutable one is watched until it is known, and again for each pod that comes
+// to use it: what is under its name may have been deleted and made anew.
 type Objects struct {
 	client  *Client
 	changed func(namespace, name string)
@@ -37,11 +39,13 @@ type objectKey struct{ resource, namespace, name string }
 // watched is one ConfigMap or Secret; guarded by Objects.mu.
 type watched struct {
 	users int
-	stop  context.CancelFunc
-	// known is closed when the apiserver has said once what it has.
+	stop  context.CancelFunc // of the watch; nil: there is none
+	// known is closed when the apiserver has said what it has, by this watch.
 	known chan struct{}
-	asked bool
-	value runtime.Object // nil: there is none
+	asked bool // it has, by this watch
+	// heard: by any; value is what it had last, nil: nothing.
+	heard bool
+	value runtime.Object
 }
 
 // NewObjects returns Objects; changed is told of every one that appears,
@@ -66,7 +70,7 @@ func (o *Objects) Run(ctx context.Context) error {
 // Use replaces the objects that a pod uses; nil: none any more.
 func (o *Objects) Use(uid types.UID, pod *v1.Pod) {
 	var keys []objectKey
-	if pod != nil && pod.Status.Phase != v1.PodSucceeded && pod.Status.Phase != v1.PodFailed {
+	if needs(pod) {
 		keys = objectsOf(pod)
 	}
 	o.mu.Lock()
@@ -76,6 +80,9 @@ func (o *Objects) Use(uid types.UID, pod *v1.Pod) {
 		if w == nil {
 			w = &watched{known: make(chan struct{})}
 			o.have[k] = w
+			o.watch(k, w)
+		} else if w.settled() && !slices.Contains(o.users[uid], k) {
+			w.known, w.asked = make(chan struct{}), false
 			o.watch(k, w)
 		}
 		w.users++
@@ -94,6 +101,14 @@ func (o *Objects) Use(uid types.UID, pod *v1.Pod) {
 		o.users[uid] = keys
 	}
 }
+
+// needs says whether a pod, nil for one that is gone, still needs anything.
+func needs(pod *v1.Pod) bool {
+	return pod != nil && pod.Status.Phase != v1.PodSucceeded && pod.Status.Phase != v1.PodFailed
+}
+
+// settled says whether an object is known and not watched any more.
+func (w *watched) settled() bool { return w.asked && immutable(w.value) }
 
 // watch one object; o.mu is held.
 func (o *Objects) watch(key objectKey, w *watched) {
@@ -139,11 +154,11 @@ func (o *Objects) put(ctx context.Context, key objectKey, w *watched, v runtime.
 		return
 	}
 	first := !w.asked
-	w.asked = true
+	same := w.heard && v == nil && w.value == nil
+	w.asked, w.heard = true, true
 	if m, ok := v.(metav1.Object); ok && v != nil {
 		m.SetManagedFields(nil)
 	}
-	same := !first && v == nil && w.value == nil
 	w.value = v
 	if first {
 		close(w.known)
@@ -175,6 +190,10 @@ const objectWait = 2 * time.Second
 func (o *Objects) get(key objectKey, into runtime.Object) (runtime.Object, error) {
 	o.mu.Lock()
 	w, ctx := o.have[key], o.ctx
+	var known chan struct{}
+	if w != nil {
+		known = w.known
+	}
 	o.mu.Unlock()
 	if ctx == nil {
 		return nil, fmt.Errorf("%s %s/%s: the apiserver has not been asked yet: %w", key.resource, key.namespace, key.name, errdefs.ErrUnavailable)
@@ -186,14 +205,16 @@ func (o *Objects) get(key objectKey, into runtime.Object) (runtime.Object, error
 	t := time.NewTimer(objectWait)
 	defer t.Stop()
 	select {
-	case <-w.known:
+	case <-known:
 	case <-t.C:
-		return nil, fmt.Errorf("%s %s/%s: the apiserver has not answered yet: %w", key.resource, key.namespace, key.name, errdefs.ErrUnavailable)
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if !w.heard {
+		return nil, fmt.Errorf("%s %s/%s: the apiserver has not answered yet: %w", key.resource, key.namespace, key.name, errdefs.ErrUnavailable)
+	}
 	if w.value == nil {
 		return nil, fmt.Errorf("%s %q not found: %w", key.resource, key.name, errdefs.ErrNotFound)
 	}

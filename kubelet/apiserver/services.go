@@ -77,7 +77,7 @@ func (s *Services) Use(uid types.UID, pod *v1.Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	had, used := s.users[uid]
-	if used == (pod != nil && links(pod)) {
+	if used == (needs(pod) && links(pod)) {
 		return
 	}
 	if !used {
@@ -144,34 +144,34 @@ func (s *Services) Env(ctx context.Context, pod *v1.Pod) (map[string]string, err
 		namespaces = append(namespaces, pod.Namespace)
 	}
 	for _, ns := range namespaces {
-		if err := s.await(ctx, ns); err != nil {
+		n, err := s.await(ctx, ns)
+		if err != nil {
 			return nil, err
 		}
 		s.mu.Lock()
-		if n := s.namespaces[ns]; n != nil {
-			all = slices.AppendSeq(all, maps.Values(n.have))
-		}
+		all = slices.AppendSeq(all, maps.Values(n.have))
 		s.mu.Unlock()
 	}
 	return spec.ServiceVariables(all, pod.Namespace, links(pod)), nil
 }
 
-func (s *Services) await(ctx context.Context, namespace string) error {
+// await the first word on a namespace that is watched.
+func (s *Services) await(ctx context.Context, namespace string) (*services, error) {
 	s.mu.Lock()
 	n := s.namespaces[namespace]
 	s.mu.Unlock()
 	late := fmt.Errorf("services of namespace %s: the apiserver has not told them yet: %w", namespace, errdefs.ErrUnavailable)
 	if n == nil {
-		return late
+		return nil, late
 	}
 	t := time.NewTimer(objectWait)
 	defer t.Stop()
 	select {
 	case <-n.known:
-		return nil
+		return n, nil
 	case <-t.C:
-		return late
+		return nil, late
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 }
