@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -55,6 +56,10 @@ var (
 // Client of the API groups that a node uses.
 type Client struct {
 	groups map[string]rest.Interface
+
+	mu       sync.Mutex
+	wrote    string        // see Wrote
+	restored chan struct{} // closed, and replaced, when a database was restored
 }
 
 // NewClient connects to nothing yet. All groups share connections and the
@@ -71,7 +76,7 @@ func NewClient(cfg *rest.Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("client of apiserver %s: %w", cfg.Host, err)
 	}
-	c := &Client{groups: map[string]rest.Interface{}}
+	c := &Client{groups: map[string]rest.Interface{}, restored: make(chan struct{})}
 	for _, gv := range []schema.GroupVersion{
 		v1.SchemeGroupVersion, coordinationv1.SchemeGroupVersion, authenticationv1.SchemeGroupVersion,
 		authorizationv1.SchemeGroupVersion, certificatesv1.SchemeGroupVersion, nodev1.SchemeGroupVersion,
@@ -155,6 +160,23 @@ func (c *Client) Delete(ctx context.Context, ref Ref, uid types.UID) error {
 	return c.do(ctx, c.request(c.groups[ref.Group].Delete(), ref).Body(opts), nil)
 }
 
+// Wrote says which version an object has that nobody but this node writes, its
+// Lease. Versions grow, unless the apiserver's database was restored from a
+// backup. Then a watch that goes on from a version of before is told nothing until
+// versions have grown beyond it, which may take days: all that is followed is
+// listed anew. It reports whether that is so.
+func (c *Client) Wrote(version string) (restored bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	restored = c.wrote != "" && version != c.wrote && !newer(version, c.wrote)
+	c.wrote = version
+	if restored {
+		close(c.restored)
+		c.restored = make(chan struct{})
+	}
+	return restored
+}
+
 // follow lists and watches the objects that selector admits and keeps store up
 // to date until ctx ends. Interruptions are made up for, with back-off and
 // jitter.
@@ -169,8 +191,21 @@ func (c *Client) follow(ctx context.Context, ref Ref, selector fields.Selector, 
 		err = authorized(ctx, func() error { w, err = watch(ctx, o); return err })
 		return w, err
 	}
-	r := cache.NewReflectorWithOptions(lw, expected, store, cache.ReflectorOptions{Name: ref.String()})
-	r.RunWithContext(ctx)
+	for ctx.Err() == nil {
+		c.mu.Lock()
+		restored := c.restored
+		c.mu.Unlock()
+		ctx, cancel := context.WithCancel(ctx)
+		go func() {
+			defer cancel()
+			select {
+			case <-restored:
+			case <-ctx.Done():
+			}
+		}()
+		cache.NewReflectorWithOptions(lw, expected, store, cache.ReflectorOptions{Name: ref.String()}).RunWithContext(ctx)
+		cancel()
+	}
 }
 
 // authorized repeats a call that is forbidden at first, for a second or two. A

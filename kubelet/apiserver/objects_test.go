@@ -1,6 +1,7 @@
 package apiserver
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -185,4 +186,42 @@ func TestServicesAreNotWatchedForPodsThatHaveEnded(t *testing.T) {
 	if len(services.users) != 0 || services.namespaces["ns"] != nil {
 		t.Errorf("left: %v", services.users)
 	}
+}
+
+// After a restore of etcd a watch goes on from a version that is still to come,
+// and is told nothing.
+func TestARestoredApiserverIsListedAnew(t *testing.T) {
+	s, c := newShelf(t)
+	old := settings("1", "old")
+	old.Immutable = nil
+	s.set(old)
+	o := NewObjects(c, func(string, string) {}, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = o.Run(ctx) }()
+	o.Use("one", usesSettings("one"))
+	const path = "/api/v1/namespaces/ns/configmaps"
+	await(t, "a watch", func() bool { return s.count(s.watches, path) == 1 })
+	for _, version := range []string{"900", "900", "1000"} {
+		if c.Wrote(version) {
+			t.Errorf("version %s is taken for one from before", version)
+		}
+	}
+	restored := settings("1", "restored")
+	restored.Immutable = nil
+	s.set(restored)
+	if !c.Wrote("5") {
+		t.Error("version 5 after 1000 is taken for a later one")
+	}
+	await(t, "the list is taken", func() bool {
+		m, err := o.ConfigMap("ns", "settings")
+		return err == nil && m.Data["a"] == "restored"
+	})
+	await(t, "one watch", func() bool { return s.count(s.watches, path) == 1 })
+	if c.Wrote("6") {
+		t.Error("told twice")
+	}
+	cancel()
+	<-done
+	await(t, "no watch is left", func() bool { return s.count(s.watches, path) == 0 })
 }

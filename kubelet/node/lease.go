@@ -38,6 +38,9 @@ func (n *Node) renewals(ctx context.Context) {
 			wait(ctx, apiserver.Backoff(failures, 200*time.Millisecond, 5*time.Second), nil)
 			continue
 		}
+		if n.cfg.Client.Wrote(is.ResourceVersion) {
+			n.log.Warn("the apiserver's database was restored: all is listed anew", "node", n.cfg.Name, "version", is.ResourceVersion)
+		}
 		lease, failures = is, 0
 		wait(ctx, n.cfg.LeaseDuration/3, nil)
 	}

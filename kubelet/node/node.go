@@ -28,6 +28,8 @@ type Client interface {
 	Create(ctx context.Context, ref apiserver.Ref, obj, into runtime.Object) error
 	Update(ctx context.Context, ref apiserver.Ref, obj, into runtime.Object) error
 	Patch(ctx context.Context, ref apiserver.Ref, patch []byte, into runtime.Object) error
+	// Wrote is told each version of the Lease; see apiserver.Client.
+	Wrote(version string) (restored bool)
 	Node(ctx context.Context, name string, set func(*v1.Node))
 }
 

@@ -2,12 +2,14 @@ package node
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	v1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -49,6 +51,7 @@ func (away) Update(context.Context, apiserver.Ref, runtime.Object, runtime.Objec
 func (away) Patch(context.Context, apiserver.Ref, []byte, runtime.Object) error {
 	return context.DeadlineExceeded
 }
+func (away) Wrote(string) bool                                    { return false }
 func (away) Node(ctx context.Context, _ string, _ func(*v1.Node)) { <-ctx.Done() }
 
 // TestPodsAreAdmittedWhileTheRuntimeHangs: who decides on a pod's place asks for
@@ -208,4 +211,63 @@ func TestAnAnswerDoesNotTakeBackWhatTheWatchTold(t *testing.T) {
 func (f *told) once(ctx context.Context, status v1.NodeStatus) error {
 	f.cfg.Status = func(context.Context) v1.NodeStatus { return status }
 	return f.Node.once(ctx)
+}
+
+// restoring is an apiserver whose database goes back to an earlier version once.
+type restoring struct {
+	away
+	mu      sync.Mutex
+	version int
+	wrote   []string
+	again   chan struct{} // closed when it has been told a version from after it
+}
+
+func (r *restoring) Get(_ context.Context, _ apiserver.Ref, into runtime.Object) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	into.(*coordinationv1.Lease).ResourceVersion = fmt.Sprint(r.version)
+	return nil
+}
+
+func (r *restoring) Update(_ context.Context, _ apiserver.Ref, obj, into runtime.Object) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if obj.(*coordinationv1.Lease).ResourceVersion != fmt.Sprint(r.version) {
+		return apierrors.NewConflict(schema.GroupResource{Resource: "leases"}, "n", nil)
+	}
+	if r.version++; r.version == 1003 {
+		r.version = 5
+	}
+	into.(*coordinationv1.Lease).ResourceVersion = fmt.Sprint(r.version)
+	return nil
+}
+
+func (r *restoring) Wrote(version string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.wrote = append(r.wrote, version); len(r.wrote) == 4 {
+		close(r.again)
+	}
+	return false
+}
+
+// The versions of the Lease are those that tell of a database that was restored.
+func TestEachVersionOfTheLeaseIsTold(t *testing.T) {
+	api := &restoring{version: 1000, again: make(chan struct{})}
+	f := newTold()
+	f.cfg.Client, f.cfg.LeaseDuration = api, 3*time.Millisecond
+	f.seen(aNode("a", "1"))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); f.renewals(ctx) }()
+	select {
+	case <-api.again:
+	case <-time.After(30 * time.Second):
+		t.Error("not four renewals within 30 s")
+	}
+	cancel()
+	<-done
+	if want := []string{"1001", "1002", "5", "6"}; !slices.Equal(api.wrote[:4], want) {
+		t.Errorf("told %q, want %q", api.wrote, want)
+	}
 }
