@@ -187,12 +187,22 @@ func (p *Pods) settle(ctx context.Context, uid types.UID, r *report) {
 }
 
 // spent reports are those of what is gone here and there. While the apiserver
-// has the pod, for somebody's finalizer, it may have to be deleted once more. p.mu
-// is held.
+// has the pod, for somebody's finalizer, it may have to be deleted once more; and
+// one of the apiserver's that ended before its first list is in that. p.mu is held.
 func (p *Pods) spent(uid types.UID) {
-	if r := p.reports[uid]; r != nil && r.gone && !r.busy && p.known[uid] == nil {
+	r := p.reports[uid]
+	if r == nil || !r.gone || r.busy || p.known[uid] != nil {
+		return
+	}
+	if p.synced || r.shown.Annotations[manifests.ConfigSourceAnnotation] != SourceName {
 		delete(p.reports, uid)
 	}
+}
+
+// over says that nothing of a pod is left here. p.mu is held.
+func (p *Pods) over(uid types.UID) bool {
+	r := p.reports[uid]
+	return r != nil && r.gone
 }
 
 // unreported: the apiserver has the pod and knows no status of it. p.mu is held.

@@ -169,7 +169,7 @@ func (p *Pods) learn(pod *v1.Pod, by road) bool {
 	case by == answer && p.buried[pod.UID]:
 		return false
 	case f == nil:
-		f = &fact{}
+		f = &fact{ended: p.over(pod.UID)}
 		p.known[pod.UID] = f
 	case by == answer && !newer(pod.ResourceVersion, f.pod.ResourceVersion):
 		return false // the watch was faster
@@ -387,6 +387,11 @@ func (p *Pods) replace(ctx context.Context, all []*v1.Pod) {
 	p.mu.Lock()
 	first := !p.synced
 	p.synced = true
+	if first {
+		for uid := range p.reports {
+			p.spent(uid)
+		}
+	}
 	p.mu.Unlock()
 	if first {
 		p.log.Info("pods of the apiserver are known", "pods", len(all))

@@ -341,3 +341,39 @@ func TestMirrorPodOfNothingGoes(t *testing.T) {
 	f.hear(ctx, mirrorPod("late", "2"), event) // one that comes afterwards goes, too
 	f.eventually("deleted", func() bool { return f.version("late") == nil })
 }
+
+// A pod that was being deleted when podd was killed may end before the apiserver
+// is heard again. It does not begin once more to be told wrongly of: its last
+// status is told, and it is deleted.
+func TestAPodThatEndsBeforeTheListDoesNotBeginAgain(t *testing.T) {
+	f := newParts(t)
+	ctx := f.run()
+	ended := apiPod("1", deleted, func(p *v1.Pod) {
+		p.Annotations = map[string]string{manifests.ConfigSourceAnnotation: SourceName}
+		p.Status.Phase = v1.PodSucceeded
+	})
+	f.table <- watch.Event{Type: watch.Deleted, Object: ended}
+	other := apiPod("1")
+	other.UID = "other"
+	f.table <- watch.Event{Type: watch.Added, Object: other} // the first has been looked at
+	f.serve = func(r *http.Request) (int, any) {
+		return http.StatusOK, apiPod("8", deleted, func(p *v1.Pod) { p.Status.Phase = v1.PodSucceeded })
+	}
+	await(t, "nothing is under way", func() bool {
+		f.Pods.mu.Lock()
+		defer f.Pods.mu.Unlock()
+		r := f.reports["u"]
+		return r == nil || !r.busy
+	})
+	f.replace(ctx, []*v1.Pod{apiPod("7", deleted, func(p *v1.Pod) { p.Status.Phase = v1.PodRunning })})
+	f.eventually("status and deletion", func() bool {
+		return f.requests("PATCH /api/v1/namespaces/ns/pods/p/status") > 0 && f.requests("DELETE /api/v1/namespaces/ns/pods/p") > 0
+	})
+	f.expect()
+	f.removed(ctx, "u")
+	await(t, "its report is forgotten", func() bool {
+		f.Pods.mu.Lock()
+		defer f.Pods.mu.Unlock()
+		return f.reports["u"] == nil
+	})
+}
