@@ -34,6 +34,9 @@ var racerVerdict = regexp.MustCompile(`caught (\d+), reached (\d+)`)
 // else; it does so to whatever probes, hooks, execs and the starts of its other
 // container bring into its PID namespace, and has no more than before.
 func TestTracerReachesNothingBesideProbesAndHooks(t *testing.T) {
+	if node.Scale(second) > 4*second {
+		t.Skip("three racers leave an emulated machine no time for anything else: those of cri/shim/server attack it one by one")
+	}
 	programs, seconds := racer(t), 4
 	if os.Getenv("PODD_TEST_ALL") != "" {
 		seconds = 60
