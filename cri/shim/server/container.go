@@ -500,6 +500,14 @@ const releaseGrace = 5 * time.Second
 
 // release opens the fifo that init blocks on and waits for its sign of life.
 func (c *container) release(ctx context.Context) error {
+	// Before the fifo is open: a short program may have ended a moment after that.
+	c.mu.Lock()
+	pidfd, err := unix.FcntlInt(uintptr(c.pidfd), unix.F_DUPFD_CLOEXEC, 0)
+	c.mu.Unlock()
+	if err != nil {
+		return c.endedEarly()
+	}
+	defer unix.Close(pidfd)
 	path := filepath.Join(c.s.path("lc"), c.rec.Process.ID, execFifo)
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if errors.Is(err, unix.ENOENT) {
@@ -512,13 +520,6 @@ func (c *container) release(ctx context.Context) error {
 	// Init is on its way from now on, and ends itself when it writes and nobody
 	// has the other side open: that must not depend on this shim's life.
 	c.keep(stored{name: "start", fd: fd})
-	c.mu.Lock()
-	pidfd, err := unix.FcntlInt(uintptr(c.pidfd), unix.F_DUPFD_CLOEXEC, 0)
-	c.mu.Unlock()
-	if err != nil {
-		return fmt.Errorf("init has ended before it was started: %w", errdefs.ErrFailedPrecondition)
-	}
-	defer unix.Close(pidfd)
 	var left time.Time // when the caller was seen to be gone
 	for {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(pidfd), Events: unix.POLLIN}}
@@ -531,7 +532,7 @@ func (c *container) release(ctx context.Context) error {
 			break
 		}
 		if fds[1].Revents != 0 {
-			return fmt.Errorf("init has ended before it was started: %w", errdefs.ErrFailedPrecondition)
+			return c.endedEarly()
 		}
 		if ready == 0 && c.hasStarted() {
 			break // a shim before us has taken its sign of life, and died
@@ -551,6 +552,19 @@ func (c *container) release(ctx context.Context) error {
 		return err
 	}
 	return c.executed(pidfd)
+}
+
+// endedEarly says how init ended that was not started yet.
+func (c *container) endedEarly() error {
+	select {
+	case <-c.exited:
+	case <-time.After(time.Second): // it ends just now
+	}
+	how := "it is not known how"
+	if exit := c.snapshot().Exit; exit != nil && exit.Known {
+		how = fmt.Sprintf("exit code %d, signal %d", exit.Code, exit.Signal)
+	}
+	return fmt.Errorf("init has ended before it was started (%s): %w", how, errdefs.ErrFailedPrecondition)
 }
 
 // executed waits until init has become the container's program, or has ended,

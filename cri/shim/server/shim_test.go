@@ -84,6 +84,8 @@ type node struct {
 	cgroup string
 	events <-chan shim.Event
 	serial int
+	// serialMu is held to make specifications in several goroutines.
+	serialMu sync.Mutex
 }
 
 // newNode starts a shim; prepare may change its run directory before that.
@@ -286,7 +288,12 @@ func (n *node) run(spec *shim.ContainerSpec) *shim.Process {
 // until returns the next event of that kind and id.
 func (n *node) until(kind shim.EventKind, id string) shim.Event {
 	n.t.Helper()
-	deadline := time.After(30 * time.Second)
+	return n.untilWithin(kind, id, 30*time.Second)
+}
+
+func (n *node) untilWithin(kind shim.EventKind, id string, patience time.Duration) shim.Event {
+	n.t.Helper()
+	deadline := time.After(patience)
 	for {
 		select {
 		case e, ok := <-n.events:
@@ -336,6 +343,35 @@ func logged(t testing.TB, path string) (out, err string) {
 			text[i].WriteByte('\n')
 		}
 	}
+}
+
+// TestShortProgramsAreStarted: a program that has ended when its start is
+// answered was started all the same.
+func TestShortProgramsAreStarted(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	var all sync.WaitGroup
+	for range 8 { // more than there are CPUs, so that the shim comes late
+		all.Go(func() {
+			for range 12 {
+				n.serialMu.Lock()
+				s := n.containerSpec(box, "")
+				n.serialMu.Unlock()
+				s.Spec.Process.Args = []string{"/bin/true"}
+				if _, err := n.Create(n.ctx(), s); err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := n.Start(n.ctx(), s.ID); err != nil {
+					t.Error(err)
+				}
+				if err := n.Delete(n.ctx(), s.ID); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
 }
 
 func TestLife(t *testing.T) {

@@ -55,7 +55,7 @@ func (n *node) attack(t *testing.T, tracer *shim.ContainerSpec, beside func() er
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		n.until(shim.EventExited, tracer.ID)
+		n.untilWithin(shim.EventExited, tracer.ID, time.Duration(racerSeconds()+30)*time.Second)
 	}()
 	rounds := 0
 	for running := true; running; rounds++ {

@@ -214,7 +214,7 @@ func joinKeyring(o *Order) error {
 // helper waits on its own thread for the shim's command. Credentials belong to
 // threads: with keep-caps this one retains, through the main thread's change
 // of user (which the C library applies to all threads), the right to install
-// a filter.
+// a filter. execve ends the thread.
 func helper(o *Order, ready chan<- error) {
 	runtime.LockOSThread()
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
@@ -242,12 +242,16 @@ func helper(o *Order, ready chan<- error) {
 		_, _ = unix.Write(helmFD, append([]byte{'e'}, err.Error()...))
 		os.Exit(255)
 	}
-	// This thread has done what it had its privileges for. They go with it: while
-	// init waits to be started nobody shall find them here.
+	// This thread has done what it had its privileges for: while init waits to be
+	// started nobody shall find them here. (Every filter that is installed this
+	// way allows capset, see server.native.)
 	var none [2]unix.CapUserData
-	_ = unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]) // the filter may forbid it
+	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+		_, _ = unix.Write(helmFD, fmt.Appendf([]byte{'e'}, "drop capabilities: %v", err))
+		os.Exit(255)
+	}
 	_, _ = unix.Write(helmFD, []byte{'k'})
-	// Being locked, it ends with this goroutine.
+	select {} // until execve
 }
 
 // raiseAdmin puts CAP_SYS_ADMIN from this thread's permitted into its
