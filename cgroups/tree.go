@@ -280,6 +280,9 @@ func (t *Tree) create(components []string) (bool, error) {
 		if err != nil {
 			return created, err
 		}
+		if c && t.marks { // at once: List sees marked ones alone; claim tells of errors
+			_ = unix.Setxattr(h.dir+group, ownerAttr, []byte(t.owner), 0)
+		}
 	}
 	return created, nil
 }
@@ -529,7 +532,11 @@ func (t *Tree) Remove(ctx context.Context, uid types.UID) error {
 	for _, qos := range levels {
 		components := t.names.pod(uid, qos)
 		group := t.names.path(components)
-		if known != "" && group != known || known == "" && !t.mine(group) {
+		if known != "" && group != known {
+			continue
+		}
+		if known == "" && !t.mine(group) {
+			t.removeUnmarked(group)
 			continue
 		}
 		if t.systemd {
@@ -547,6 +554,22 @@ func (t *Tree) Remove(ctx context.Context, uid types.UID) error {
 	p.dead = true
 	t.pods.CompareAndDelete(uid, p)
 	return nil
+}
+
+// removeUnmarked removes a group that a run was making when it was killed: nobody
+// has marked it, so nothing has come into it. Others' groups, and those that are in
+// use, stay: such directories cannot be removed.
+func (t *Tree) removeUnmarked(group string) {
+	for _, h := range t.layout.hierarchies {
+		if t.ownerOf(h.dir+group) != "" {
+			return
+		}
+	}
+	for _, h := range t.layout.hierarchies {
+		if err := unix.Rmdir(h.dir + group); err != nil && !errors.Is(err, unix.ENOENT) {
+			t.log.Debug("cgroup without an owner stays", "cgroup", h.dir+group, "error", err)
+		}
+	}
 }
 
 // mine tells whether a group that this process did not make carries our mark in

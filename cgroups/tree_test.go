@@ -231,10 +231,12 @@ func TestOwners(t *testing.T) {
 			if _, err := one.Stats("a"); err != nil {
 				t.Errorf("the first one's group suffered: %v", err)
 			}
-			// A kubelet's group carries no mark.
+			// A kubelet's group carries no mark, and has groups of containers in it.
 			for _, h := range l.hierarchies {
-				if _, err := l.mkdir(h, one.Path("kubelets", v1.PodQOSBestEffort)); err != nil {
-					t.Fatal(err)
+				for _, below := range []string{"", "/container"} {
+					if _, err := l.mkdir(h, one.Path("kubelets", v1.PodQOSBestEffort)+below); err != nil {
+						t.Fatal(err)
+					}
 				}
 			}
 			if got, err := one.List(); err != nil || !slices.Equal(got, []types.UID{"a"}) {
@@ -252,6 +254,37 @@ func TestOwners(t *testing.T) {
 			}
 			if err := errors.Join(again.Ensure(t.Context(), "a", v1.PodQOSBestEffort, nil), again.Remove(t.Context(), "a")); err != nil {
 				t.Errorf("the owner after a restart: %v", err)
+			}
+		})
+	}
+}
+
+// TestRemoveTakesWhatAKilledRunWasMaking: a group that is in some hierarchies, and
+// marked in none or one of those.
+func TestRemoveTakesWhatAKilledRunWasMaking(t *testing.T) {
+	for name, l := range layouts(t) {
+		t.Run(name, func(t *testing.T) {
+			tree := testTree(t, l)
+			group := tree.Path("half", v1.PodQOSBestEffort)
+			for _, marked := range []bool{false, true} {
+				for i, h := range l.hierarchies[:(len(l.hierarchies)+1)/2] {
+					if _, err := l.mkdir(h, group); err != nil {
+						t.Fatal(err)
+					}
+					if marked && i == 0 {
+						if err := unix.Setxattr(h.dir+group, ownerAttr, []byte(tree.owner), 0); err != nil {
+							t.Skipf("no marks here: %v", err)
+						}
+					}
+				}
+				if err := tree.Remove(t.Context(), "half"); err != nil {
+					t.Error(err)
+				}
+				for _, h := range l.hierarchies {
+					if _, err := os.Stat(h.dir + group); err == nil {
+						t.Errorf("%s is left (marked: %v)", h.dir+group, marked)
+					}
+				}
 			}
 		})
 	}
