@@ -601,8 +601,23 @@ func (t *Tree) stopSlice(components []string) error {
 	return nil
 }
 
+// halfMade is how old an empty group without a mark has to be to count as what a
+// killed run was making. Another agent's has something in it long before.
+const halfMade = 10 * time.Second
+
+// ours says whether a group is to be listed.
+func (t *Tree) ours(dir string) bool {
+	owner := t.ownerOf(dir)
+	if owner != "" {
+		return owner == t.owner
+	}
+	var st unix.Stat_t
+	err := unix.Lstat(dir, &st)
+	return err == nil && st.Nlink == 2 && time.Since(time.Unix(st.Mtim.Unix())) > halfMade
+}
+
 // List returns the pods that have a group of ours in any hierarchy, also a half
-// removed one.
+// made or half removed one.
 func (t *Tree) List() ([]types.UID, error) {
 	seen := map[types.UID]bool{}
 	var out []types.UID
@@ -618,7 +633,7 @@ func (t *Tree) List() ([]types.UID, error) {
 			}
 			for _, e := range entries {
 				uid, ok := t.names.podUID(e.Name())
-				if ok && e.IsDir() && !seen[uid] && t.ownerOf(dir+"/"+e.Name()) == t.owner {
+				if ok && e.IsDir() && !seen[uid] && t.ours(dir+"/"+e.Name()) {
 					seen[uid] = true
 					out = append(out, uid)
 				}

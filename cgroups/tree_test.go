@@ -277,6 +277,18 @@ func TestRemoveTakesWhatAKilledRunWasMaking(t *testing.T) {
 						}
 					}
 				}
+				if !marked {
+					if got, err := tree.List(); err != nil || len(got) > 0 {
+						t.Errorf("list of a young one: %v, %v", got, err)
+					}
+					old := time.Now().Add(-2 * halfMade)
+					if err := os.Chtimes(l.hierarchies[0].dir+group, old, old); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if got, err := tree.List(); err != nil || len(got) != 1 {
+					t.Errorf("list (marked: %v): %v, %v", marked, got, err)
+				}
 				if err := tree.Remove(t.Context(), "half"); err != nil {
 					t.Error(err)
 				}

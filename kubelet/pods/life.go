@@ -101,7 +101,7 @@ type shown struct {
 }
 
 func newLife(source string, pod *v1.Pod) *life {
-	return &life{
+	l := &life{
 		source: source, word: pod,
 		shown: shown{status: *pod.Status.DeepCopy()},
 		d:     Desired{Pod: pod},
@@ -118,6 +118,11 @@ func newLife(source string, pod *v1.Pod) *life {
 		},
 		recovered: recovered{restored: map[string]probes.State{}},
 	}
+	if pod.DeletionTimestamp != nil {
+		// A run that was killed may have begun with its group before all else.
+		l.o.Cgroup = StepUnknown
+	}
+	return l
 }
 
 // op is something under way for a pod.
