@@ -268,13 +268,14 @@ func (p *plane) patch(resource string, was, into object, body []byte) (int, any)
 // to end but by a deletion. Of one that is being deleted nothing may be left to
 // look at: podd was killed between its end and the word of it.
 func (p *plane) judge(was, is *v1.Pod) {
-	what := fmt.Sprintf("pod %s (%s): ", is.Name, is.UID)
-	if was.Status.Phase == v1.PodRunning && is.Status.Phase == v1.PodPending {
-		p.against("%s it was Running and is Pending (deleted: %v): %+v", what, is.DeletionTimestamp != nil, is.Status.ContainerStatuses)
+	what := fmt.Sprintf("pod %s (%s):", is.Name, is.UID)
+	if was.Status.Phase == v1.PodRunning && is.Status.Phase == v1.PodPending && is.DeletionTimestamp == nil {
+		p.against("%s it was Running and is Pending: %+v", what, is.Status.ContainerStatuses)
 	}
 	for _, c := range is.Status.ContainerStatuses {
-		if c.RestartCount > 0 && is.DeletionTimestamp == nil {
-			p.against("%s container %s was restarted: %+v", what, c.Name, c.LastTerminationState)
+		last := c.LastTerminationState.Terminated // nil after a start that podd-shim's end undid
+		if last != nil && !last.StartedAt.IsZero() && is.DeletionTimestamp == nil {
+			p.against("%s container %s was restarted: %+v", what, c.Name, last)
 		}
 		if c.State.Terminated != nil && is.DeletionTimestamp == nil && !isMirror(is) {
 			p.against("%s container %s has ended: %+v", what, c.Name, c.State.Terminated)
