@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
@@ -175,8 +176,10 @@ func (p *Pods) learn(pod *v1.Pod, by road) bool {
 		return false // the watch was faster
 	case by == event && f.answered != "" && !newer(pod.ResourceVersion, f.answered):
 		return false
-	case pod.Generation != 0 && f.pod.Generation == pod.Generation:
-		pod.Spec = f.pod.Spec // the same: it need not be in memory twice
+	case pod.Generation != 0 && f.pod.Generation == pod.Generation && (by != listed || equality.Semantic.DeepEqual(&f.pod.Spec, &pod.Spec)):
+		// The same: it need not be in memory twice. A generation comes twice when
+		// a backup is restored.
+		pod.Spec = f.pod.Spec
 	}
 	switch by {
 	case answer:
@@ -258,6 +261,8 @@ type told struct {
 	deleted             *metav1.Time
 	grace               int64
 	labels, annotations map[string]string
+	// spec of that generation, which may come twice: where it lies in memory.
+	spec *v1.Container
 	// over: the phase is a terminal one, whoever has set it.
 	over bool
 	// gates are the conditions that the pod's readiness waits for.
@@ -271,6 +276,9 @@ func toldOf(pod *v1.Pod) *told {
 	}
 	if g := pod.DeletionGracePeriodSeconds; g != nil {
 		t.grace = *g
+	}
+	if c := pod.Spec.Containers; len(c) > 0 {
+		t.spec = &c[0]
 	}
 	for _, gate := range pod.Spec.ReadinessGates {
 		for _, c := range pod.Status.Conditions {
@@ -286,7 +294,7 @@ func toldOf(pod *v1.Pod) *told {
 }
 
 func (t *told) equal(o *told) bool {
-	return t.generation == o.generation && t.deleted.Equal(o.deleted) && t.grace == o.grace && t.over == o.over &&
+	return t.generation == o.generation && t.spec == o.spec && t.deleted.Equal(o.deleted) && t.grace == o.grace && t.over == o.over &&
 		maps.Equal(t.labels, o.labels) && maps.Equal(t.annotations, o.annotations) && maps.Equal(t.gates, o.gates)
 }
 

@@ -139,7 +139,7 @@ func (c *conn) serve(req *http.Request, body []byte, asked time.Time) *http.Resp
 		}
 		return refusal(apierrors.NewNotFound(v1.Resource("pods"), name))
 	case req.Method == http.MethodPatch:
-		return outcome(s.patchStatus(name, body, asked))
+		return outcome(s.patchStatus(name, body, asked, c.listed.Load() == s.restored()))
 	case req.Method == http.MethodPost:
 		return s.serveCreate(body)
 	case req.Method == http.MethodDelete:

@@ -375,6 +375,27 @@ func TestPodFailedByOthersDuringAStart(t *testing.T) {
 	})
 }
 
+// A generation that comes twice, as a backup is restored, is another spec.
+func TestGenerationThatComesTwice(t *testing.T) {
+	for _, killed := range []bool{false, true} {
+		play(t, func(s *script) {
+			s.running()
+			s.api.backUp()
+			s.api.change("p", true, image("img:2"))
+			s.wait(time.Minute)
+			if killed {
+				s.kill()
+			}
+			s.api.goAway(10 * time.Second)
+			s.api.restore(0)
+			s.api.change("p", true, image("img:3"))
+			if killed {
+				s.begin()
+			}
+		})
+	}
+}
+
 // only container that runs.
 func (s *script) only() string { return s.first("a") }
 

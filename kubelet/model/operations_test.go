@@ -398,6 +398,9 @@ func (h *history) callOff() {
 		h.powerCut()
 		return
 	}
+	if h.r.IntN(3) == 0 {
+		h.machine.lose() // and what is told meanwhile
+	}
 	h.machine.set(false)
 }
 

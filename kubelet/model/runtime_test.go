@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -304,6 +306,7 @@ func (c *caller) StartContainer(ctx context.Context, q *runtimeapi.StartContaine
 			return fmt.Errorf("start container %s: no such file", k.id)
 		}
 		k.state, k.start = runtimeapi.ContainerState_CONTAINER_RUNNING, time.Now()
+		os.WriteFile(filepath.Join(c.sandboxes[k.sandbox].cfg.LogDirectory, k.cfg.LogPath), nil, 0o600)
 		c.w.note("runtime: %s runs", k.id)
 		c.w.started(k.id)
 		if k.cfg.Metadata.Name == "init" {

@@ -215,8 +215,9 @@ func (s *server) release(name string) {
 }
 
 // patchStatus is what podd tells of a pod. What it asked for before the pod was
-// made, again with its UID, is of the one before.
-func (s *server) patchStatus(name string, patch []byte, asked time.Time) (*stored, error) {
+// made, again with its UID, is of the one before; and who has not listed since a
+// backup was restored makes its patches of what is no more.
+func (s *server) patchStatus(name string, patch []byte, asked time.Time, listed bool) (*stored, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	have := s.pods[name]
@@ -237,7 +238,7 @@ func (s *server) patchStatus(name string, patch []byte, asked time.Time) (*store
 	pod := have.pod.DeepCopy()
 	pod.Status = to.Status
 	s.w.note("podd tells of %s (%s): %s", name, pod.UID, brief{&pod.Status})
-	if !asked.Before(s.born[pod.UID]) {
+	if listed && !asked.Before(s.born[pod.UID]) {
 		s.w.reported(pod, &have.pod.Status, &pod.Status)
 	}
 	return s.put(pod), nil
@@ -261,6 +262,12 @@ func (s *server) restore(n int) {
 	s.restores++
 	s.w.untold("")
 	s.cut()
+}
+
+func (s *server) restored() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.restores
 }
 
 // compact forgets the history: watches that come from before end with 410.

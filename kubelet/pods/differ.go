@@ -7,6 +7,9 @@ import (
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+
+	"github.com/podd-runtime/podd/kubelet/pods/spec"
 )
 
 const (
@@ -21,11 +24,23 @@ func fromAPI(pod *v1.Pod) bool { return pod.Annotations[configSource] == "api" }
 // nothing is compared then, so that another daemon's defaults change nothing.
 func sameRevision(a, b *v1.Pod) bool {
 	if a.Generation != 0 && a.Generation == b.Generation {
-		return true
+		return sameImages(a, b)
 	}
 	// A UID that is the hash of the manifest changes with it.
 	h := a.Annotations[configHash]
 	return h != "" && h == b.Annotations[configHash] && h != string(a.UID)
+}
+
+// sameImages of all containers. A generation comes twice when an apiserver's
+// database is restored from a backup and the pod changes again; of what may change
+// in a pod this alone has been made into something that runs, and is compared.
+func sameImages(a, b *v1.Pod) bool {
+	for c := range podutil.ContainerIter(&b.Spec, podutil.InitContainers|podutil.Containers) {
+		if was := spec.Container(a, c.Name); was != nil && was.Image != c.Image {
+			return false
+		}
+	}
+	return true
 }
 
 // containerView is what of a container's spec cannot change under a running
