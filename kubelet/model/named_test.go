@@ -375,6 +375,24 @@ func TestPodFailedByOthersDuringAStart(t *testing.T) {
 	})
 }
 
+// A pod that others say has failed, while a container of it is being started, is
+// not begun again as a shutdown is called off.
+func TestPodFailedByOthersInAShutdownThatIsCalledOff(t *testing.T) {
+	play(t, func(s *script) {
+		s.running()
+		s.before("StartContainer!", func() { time.Sleep(time.Minute) })
+		s.before("ListPodSandbox p-1", func() { time.Sleep(time.Minute) })
+		s.rt.exit(s.only(), 1, "Error")
+		s.wait(time.Second)
+		s.machine.set(true)
+		s.wait(30 * time.Second) // nothing has come of it
+		s.api.change("p", false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
+		s.wait(time.Second)
+		s.machine.set(false)
+		s.wait(time.Minute)
+	})
+}
+
 // A generation that comes twice, as a backup is restored, is another spec.
 func TestGenerationThatComesTwice(t *testing.T) {
 	for _, killed := range []bool{false, true} {

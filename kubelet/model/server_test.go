@@ -42,6 +42,8 @@ type server struct {
 	uids     int
 	// born is when each pod was made, the last time.
 	born map[types.UID]time.Time
+	// again are those that were made more than once.
+	again map[types.UID]bool
 	// away until then: nobody answers.
 	away time.Time
 	// lists only: it sends no initial events, as before 1.34.
@@ -66,7 +68,7 @@ type backup struct {
 }
 
 func newServer(w *world) *server {
-	return &server{w: w, rv: 1, pods: map[string]*stored{}, watches: map[*watcher]bool{}, born: map[types.UID]time.Time{}}
+	return &server{w: w, rv: 1, pods: map[string]*stored{}, watches: map[*watcher]bool{}, born: map[types.UID]time.Time{}, again: map[types.UID]bool{}}
 }
 
 func here(s *stored) bool { return s != nil && s.pod.Spec.NodeName == nodeName }
@@ -150,7 +152,8 @@ func (s *server) create(pod *v1.Pod, uid types.UID) (*stored, error) {
 		uid = types.UID(fmt.Sprintf("%s-%d", pod.Name, s.uids))
 	}
 	s.w.untold(uid)
-	s.born[uid] = time.Now()
+	_, again := s.born[uid]
+	s.born[uid], s.again[uid] = time.Now(), again
 	pod.UID, pod.Generation, pod.CreationTimestamp = uid, 1, metav1.Now()
 	pod.Status = v1.PodStatus{Phase: v1.PodPending, QOSClass: v1.PodQOSBurstable}
 	return s.put(pod), nil
@@ -215,7 +218,8 @@ func (s *server) release(name string) {
 }
 
 // patchStatus is what podd tells of a pod. What it asked for before the pod was
-// made, again with its UID, is of the one before; and who has not listed since a
+// made, again with its UID, is of the one before, and so may be what it tells at
+// first; and who has not listed since a
 // backup was restored makes its patches of what is no more.
 func (s *server) patchStatus(name string, patch []byte, asked time.Time, listed bool) (*stored, error) {
 	s.mu.Lock()
@@ -238,7 +242,7 @@ func (s *server) patchStatus(name string, patch []byte, asked time.Time, listed 
 	pod := have.pod.DeepCopy()
 	pod.Status = to.Status
 	s.w.note("podd tells of %s (%s): %s", name, pod.UID, brief{&pod.Status})
-	if listed && !asked.Before(s.born[pod.UID]) {
+	if listed && !asked.Before(s.born[pod.UID]) && (!s.again[pod.UID] || time.Since(s.born[pod.UID]) > time.Minute) {
 		s.w.reported(pod, &have.pod.Status, &pod.Status)
 	}
 	return s.put(pod), nil

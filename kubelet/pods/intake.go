@@ -63,7 +63,7 @@ func (w *worker) set(source string, pod *v1.Pod) {
 		w.refreshVolumes(l) // of the downward API
 	}
 	w.allocate(l)
-	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() && l.failed == nil {
+	if fromAPI(pod) && status.Over(pod.Status.Phase) && !l.final() {
 		w.finish(l, &pod.Status)
 	}
 }
@@ -83,7 +83,9 @@ func (w *worker) takeBack(l *life) {
 // final says that nothing of the pod is started any more: an apiserver's pods
 // never leave a terminal phase, whoever said it first, since others have taken
 // their place by then.
-func (l *life) final() bool { return fromAPI(l.d.Pod) && status.Over(l.status.Phase) }
+func (l *life) final() bool {
+	return fromAPI(l.d.Pod) && (status.Over(l.status.Phase) || l.failed != nil)
+}
 
 // finish a pod that its apiserver says is over.
 func (w *worker) finish(l *life, st *v1.PodStatus) {
