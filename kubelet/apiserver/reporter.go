@@ -59,6 +59,7 @@ func (p *Pods) report(ctx context.Context) {
 			p.forgetUses(pod.UID)
 		case back:
 			p.use(pod.UID)
+			p.tell(pod.UID) // that it is being deleted may have been kept from it
 		}
 		p.kick(ctx, pod.UID)
 	}

@@ -50,7 +50,7 @@ func (s *script) before(call string, f func()) {
 	s.mu.Unlock()
 }
 
-// lose the answer of the next call of that name.
+// lose the answer of the next call of that name; with refuse before it, the call.
 func (s *script) lose(call string) {
 	s.mu.Lock()
 	s.losses[call] = true
@@ -389,6 +389,21 @@ func TestPodFailedByOthersInAShutdownThatIsCalledOff(t *testing.T) {
 		s.api.change("p", false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
 		s.wait(time.Second)
 		s.machine.set(false)
+		s.wait(time.Minute)
+	})
+}
+
+// A container whose successor could not be started is kept, for its log and its
+// status.
+func TestStatusGoesNotBackWhenAStartFails(t *testing.T) {
+	play(t, func(s *script) {
+		s.running()
+		s.rt.exit(s.only(), 1, "Error")
+		s.wait(20 * time.Second)
+		s.lose("refuse StartContainer c-p-1-a-3")
+		s.before("RemoveContainer c-p-1-a-1", func() { time.Sleep(20 * time.Second) })
+		s.before("RemoveContainer c-p-1-a-3", func() { time.Sleep(5 * time.Second) })
+		s.rt.exit(s.only(), 1, "Error")
 		s.wait(time.Minute)
 	})
 }

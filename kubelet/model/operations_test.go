@@ -40,6 +40,7 @@ var operations = []operation{
 	{12, "delete", (*history).delete},
 	{4, "recreate", (*history).recreate},
 	{5, "same uid", (*history).again},
+	{4, "comes back and goes", (*history).comeAndGo},
 	{3, "failed by others", (*history).fail},
 	{3, "release finalizers", (*history).unfinalize},
 	{4, "back up", func(h *history) { h.api.backUp() }},
@@ -275,6 +276,30 @@ func (h *history) again() {
 	pod := was.DeepCopy()
 	pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds, pod.Finalizers = nil, nil, nil
 	h.post(pod, was.UID)
+}
+
+// comeAndGo is a pod that goes, at times as one that is over, is put back before it
+// is gone, and goes again.
+func (h *history) comeAndGo() {
+	p := h.any(func(p *v1.Pod) bool { return isOwn(p) && p.Spec.NodeName != "" && len(p.Finalizers) == 0 })
+	if p == nil {
+		return
+	}
+	if h.r.IntN(2) == 0 {
+		h.api.change(p.Name, false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
+		time.Sleep(h.seconds(2))
+	}
+	h.expel(p, new(int64(0)))
+	time.Sleep(h.seconds(2))
+	h.mayForget()
+	pod := p.DeepCopy()
+	pod.DeletionTimestamp, pod.DeletionGracePeriodSeconds = nil, nil
+	if _, err := h.api.create(pod, p.UID); err != nil {
+		return
+	}
+	h.note("apiserver: %s (%s) is back", pod.Name, pod.UID)
+	time.Sleep(h.seconds(4))
+	h.expel(pod, nil)
 }
 
 // lostByOthers is the reason of a pod that others say has failed.

@@ -90,7 +90,7 @@ func (c *caller) call(ctx context.Context, name, subject string, work func() err
 		}
 		return err
 	}
-	if c.isAway() || fate == 1 {
+	if c.isAway() || fate == 1 || c.w.lost("refuse "+name+" "+subject) {
 		return fmt.Errorf("%s %s: %w", name, subject, errdefs.ErrUnavailable)
 	}
 	for _, which := range []string{name, name + " " + subject} {

@@ -21,6 +21,8 @@ type truth struct {
 	starts map[start]string
 	// over are pods of the API whose end was told the apiserver.
 	over map[types.UID]v1.PodPhase
+	// lives that the pod of a UID has had.
+	lives map[types.UID]int
 	// past are pods of which nothing is left.
 	past map[types.UID]bool
 	// told last of each container.
@@ -37,6 +39,7 @@ type instance struct {
 	uid            types.UID
 	name           string
 	attempt        int32
+	life           int // of the pod's
 	started, ended time.Time
 	code           int32
 	removed        bool // the runtime has it no more
@@ -49,7 +52,7 @@ type start struct {
 }
 
 func newTruth() truth {
-	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}, past: map[types.UID]bool{}, told: map[subject]v1.ContainerStatus{}}
+	return truth{instances: map[string]*instance{}, starts: map[start]string{}, over: map[types.UID]v1.PodPhase{}, past: map[types.UID]bool{}, lives: map[types.UID]int{}, told: map[subject]v1.ContainerStatus{}}
 }
 
 // created is a new instance of a container.
@@ -57,7 +60,7 @@ func (w *world) created(id string, uid types.UID, name string, attempt int32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.truth.past, uid)
-	w.truth.instances[id] = &instance{uid: uid, name: name, attempt: attempt}
+	w.truth.instances[id] = &instance{uid: uid, name: name, attempt: attempt, life: w.truth.lives[uid]}
 }
 
 // started: no numbered instance starts twice, and none of a pod that is over.
@@ -98,6 +101,7 @@ func (w *world) forgotten(uid types.UID) {
 	defer w.mu.Unlock()
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return s.uid == uid })
 	delete(w.truth.over, uid)
+	w.truth.lives[uid]++
 	w.truth.past[uid] = true
 	maps.DeleteFunc(w.truth.told, func(s subject, _ v1.ContainerStatus) bool { return s.uid == uid })
 }
@@ -188,7 +192,7 @@ func (t *truth) instance(id string) (i *instance, known bool) {
 // later says that an instance began after another one.
 func (t *truth) later(id string, than *instance) bool {
 	i, _ := t.instance(id)
-	return i != nil && i.uid == than.uid && i.attempt > than.attempt && !i.started.IsZero()
+	return i != nil && i.uid == than.uid && i.life == than.life && i.attempt > than.attempt && !i.started.IsZero()
 }
 
 func (t *truth) untrueContainer(owner types.UID, was, is *v1.ContainerStatus, bad func(string, ...any)) {

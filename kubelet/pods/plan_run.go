@@ -168,7 +168,7 @@ func (p *planner) collect() {
 		if seen[c.Name] == 1 || c.Alive() {
 			continue
 		}
-		if n := p.o.newest(c.Name); seen[c.Name] == 2 && n.State != status.Created {
+		if seen[c.Name] == 2 && c.State != status.Created {
 			continue
 		}
 		p.do(Action{Kind: RemoveContainer, ID: c.ID, Container: c.Name})
