@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -385,6 +386,7 @@ func (h *history) loseRecords(of int) {
 		if h.r.IntN(of) == 0 {
 			h.note("disk: %s is lost", name)
 			h.disk.lose(name)
+			h.recordLost(types.UID(strings.TrimSuffix(name, ".json")))
 		}
 	}
 	h.mayForget()

@@ -115,6 +115,19 @@ func (w *world) unknowing(recorded, over, there func(types.UID) bool) {
 	maps.DeleteFunc(w.truth.starts, func(s start, _ string) bool { return !recorded(s.uid) && !there(s.uid) })
 }
 
+// recordLost: of what the runtime has no more, nobody knows what number it had.
+func (w *world) recordLost(uid types.UID) {
+	w.untold(uid)
+	for name, p := range w.statics {
+		if m := w.api.get(name); p.UID == uid && m != nil {
+			w.untold(m.UID)
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	maps.DeleteFunc(w.truth.starts, func(s start, id string) bool { return s.uid == uid && w.truth.instances[id].removed })
+}
+
 // reported is a status that podd has told the apiserver; was is the one before.
 func (w *world) reported(pod *v1.Pod, was, is *v1.PodStatus) {
 	for _, problem := range w.untrue(pod, was, is) {
