@@ -50,17 +50,19 @@ type Trace struct {
 	ending bool
 }
 
-// Start counts the system calls that a process makes from now on.
+// Start counts the system calls that a process makes from now on. Nobody else in
+// this process may wait for that process meanwhile (exec.Cmd.Wait, say): the
+// kernel would tell him of its stops.
 func Start(pid int, aim Aim) (*Trace, error) {
 	t := &Trace{pid: pid, aim: aim, done: make(chan struct{}), last: time.Now()}
 	ready := make(chan error, 1)
 	go func() {
-		// ptrace knows threads. This one ends with the trace, by which the
-		// kernel lets go of what is still traced.
-		runtime.LockOSThread()
+		runtime.LockOSThread() // ptrace knows threads
+		defer runtime.UnlockOSThread()
 		defer close(t.done)
-		l := &loop{t: t, awaited: map[int]bool{}}
+		l := &loop{t: t, threads: map[int]bool{}, awaited: map[int]bool{}}
 		if err := l.seize(); err != nil {
+			l.release()
 			ready <- err
 			return
 		}
@@ -111,8 +113,10 @@ func (t *Trace) Stop() []Point {
 // loop is what the tracing thread does.
 type loop struct {
 	t       *Trace
-	awaited map[int]bool // threads that have not stopped for us yet
+	threads map[int]bool // that are traced
+	awaited map[int]bool // of them, those that have not stopped for us yet
 	inside  int          // thread whose call is over when the program is to be killed
+	killed  bool
 }
 
 const options = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC
@@ -147,6 +151,7 @@ func (l *loop) seize() error {
 				return err
 			}
 			seized[tid], more = true, true
+			l.threads[tid] = true
 			if ptrace(unix.PTRACE_INTERRUPT, tid, 0, 0) == nil {
 				l.awaited[tid] = true
 			}
@@ -174,36 +179,76 @@ func (l *loop) child(tid int) bool {
 func (l *loop) run(ready chan<- error) {
 	report := sync.OnceFunc(func() { ready <- nil })
 	defer report()
-	for {
+	for len(l.threads) > 0 {
 		if len(l.awaited) == 0 {
 			report()
 		}
 		var ws unix.WaitStatus
-		// Of this thread alone: the test's other children are others' to reap.
-		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
+		tid, err := l.wait(&ws)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
-			return // nothing is left
+			return
 		}
 		delete(l.awaited, tid)
 		if !ws.Stopped() {
+			delete(l.threads, tid)
 			continue
 		}
+		l.threads[tid] = true
 		signal := l.stopped(tid, ws)
-		l.t.mu.Lock()
-		ending := l.t.ending && l.t.struck == nil
-		l.t.mu.Unlock()
-		if ending {
-			_ = ptrace(unix.PTRACE_DETACH, tid, 0, uintptr(max(signal, 0)))
-			return
-		}
 		if signal < 0 {
 			_ = ptrace(ptraceListen, tid, 0, 0)
 		} else {
 			_ = ptrace(unix.PTRACE_SYSCALL, tid, 0, uintptr(signal))
 		}
+		l.t.mu.Lock()
+		ending := l.t.ending && l.t.struck == nil
+		l.t.mu.Unlock()
+		if ending {
+			l.release()
+			return
+		}
+	}
+}
+
+// wait is for a thread that stops or ends. It waits for this thread's alone: the
+// test's other children are others' to reap.
+func (l *loop) wait(ws *unix.WaitStatus) (tid int, err error) {
+	options := unix.WALL | unix.WNOTHREAD
+	if l.killed {
+		options |= unix.WNOHANG
+	}
+	for {
+		if tid, err = unix.Wait4(-1, ws, options, nil); tid != 0 || err != nil {
+			return tid, err
+		}
+		if unix.Kill(l.t.pid, 0) == unix.ESRCH {
+			return 0, unix.ECHILD
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// release lets go of all threads, each of which must stand still for that.
+func (l *loop) release() {
+	for tid := range l.threads {
+		_ = ptrace(unix.PTRACE_INTERRUPT, tid, 0, 0)
+	}
+	for len(l.threads) > 0 {
+		var ws unix.WaitStatus
+		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return
+		}
+		if ws.Stopped() {
+			_ = ptrace(unix.PTRACE_DETACH, tid, 0, uintptr(max(l.stopped(tid, ws), 0)))
+		}
+		delete(l.threads, tid)
 	}
 }
 
@@ -223,6 +268,13 @@ func (l *loop) stopped(tid int, ws unix.WaitStatus) int {
 	case event == unix.PTRACE_EVENT_EXEC:
 		if was, err := unix.PtraceGetEventMsg(tid); err == nil && int(was) == l.inside {
 			l.inside = tid
+		}
+		clear(l.threads) // the others are gone
+		l.threads[tid] = true
+		return 0
+	case event == unix.PTRACE_EVENT_CLONE:
+		if made, err := unix.PtraceGetEventMsg(tid); err == nil {
+			l.threads[int(made)] = true
 		}
 		return 0
 	case event != 0:
@@ -292,5 +344,6 @@ func (l *loop) strike() {
 func (l *loop) kill() {
 	p := l.t.points[l.t.aim.Point-1]
 	l.t.struck = &p
+	l.killed = true
 	_ = unix.Kill(l.t.pid, unix.SIGKILL)
 }

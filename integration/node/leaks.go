@@ -105,38 +105,20 @@ func (n *Node) bridge() string {
 // its way out.
 func (n *Node) NoLeaks(t testing.TB, before Counts, within time.Duration) {
 	t.Helper()
+	if leaks := n.Leaks(before, within); len(leaks) > 0 {
+		t.Errorf("left behind:\n  %s", strings.Join(leaks, "\n  "))
+	}
+}
+
+// Leaks tells what NoLeaks fails for.
+func (n *Node) Leaks(before Counts, within time.Duration) []string {
+	n.t.Helper()
 	deadline := time.Now().Add(Scale(within))
 	for {
 		now := n.Count()
-		var leaks []string
-		number := func(what string, before, now, slack int) {
-			if now > before+slack {
-				leaks = append(leaks, fmt.Sprintf("%s: %d, before %d", what, now, before))
-			}
-		}
-		// The count itself holds a connection and its goroutines.
-		number("file descriptors of podd", before.FDs, now.FDs, 2)
-		// Some of the shim's wait for Go's garbage collector; a hundred pods
-		// would show a real leak.
-		number("file descriptors of podd-shim", before.ShimFDs, now.ShimFDs, 8)
-		number("goroutines", before.Goroutines, now.Goroutines, 4)
-		added := func(what string, before, now []string) {
-			var more []string
-			for _, x := range now {
-				if !slices.Contains(before, x) {
-					more = append(more, x)
-				}
-			}
-			if len(more) > 0 {
-				leaks = append(leaks, fmt.Sprintf("%d %s: %s", len(more), what, strings.Join(more[:min(len(more), 20)], " ")))
-			}
-		}
-		added("mounts", before.Mounts, now.Mounts)
-		added("cgroups", before.Cgroups, now.Cgroups)
-		added("veths", before.Links, now.Links)
-		added("files", before.Files, now.Files)
+		leaks := now.beyond(before)
 		if len(leaks) == 0 {
-			return
+			return nil
 		}
 		if time.Now().After(deadline) {
 			if now.ShimFDs > before.ShimFDs {
@@ -145,11 +127,41 @@ func (n *Node) NoLeaks(t testing.TB, before Counts, within time.Duration) {
 			if now.FDs > before.FDs+2 {
 				leaks = append(leaks, "podd has open: "+strings.Join(open(n.PID()), " "))
 			}
-			t.Errorf("left behind:\n  %s", strings.Join(leaks, "\n  "))
-			return
+			return leaks
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
+}
+
+// beyond tells what there is more than before.
+func (c Counts) beyond(before Counts) (leaks []string) {
+	number := func(what string, before, now, slack int) {
+		if now > before+slack {
+			leaks = append(leaks, fmt.Sprintf("%s: %d, before %d", what, now, before))
+		}
+	}
+	// The count itself holds a connection and its goroutines.
+	number("file descriptors of podd", before.FDs, c.FDs, 2)
+	// Some of the shim's wait for Go's garbage collector; a hundred pods
+	// would show a real leak.
+	number("file descriptors of podd-shim", before.ShimFDs, c.ShimFDs, 8)
+	number("goroutines", before.Goroutines, c.Goroutines, 4)
+	added := func(what string, before, now []string) {
+		var more []string
+		for _, x := range now {
+			if !slices.Contains(before, x) {
+				more = append(more, x)
+			}
+		}
+		if len(more) > 0 {
+			leaks = append(leaks, fmt.Sprintf("%d %s: %s", len(more), what, strings.Join(more[:min(len(more), 20)], " ")))
+		}
+	}
+	added("mounts", before.Mounts, c.Mounts)
+	added("cgroups", before.Cgroups, c.Cgroups)
+	added("veths", before.Links, c.Links)
+	added("files", before.Files, c.Files)
+	return leaks
 }
 
 func fds(pid int) int {

@@ -256,6 +256,34 @@ func (n *Node) Launch() {
 	n.mu.Unlock()
 }
 
+// LaunchStopped launches the daemon, which stands still before its first
+// instruction until SIGCONT.
+func (n *Node) LaunchStopped() {
+	n.t.Helper()
+	pid := n.stopped(order{Args: append([]string{filepath.Join(n.Bin, "podd"), "run"}, n.Args()...), Log: n.at("podd.log")})
+	n.mu.Lock()
+	n.pid, n.running = pid, true
+	n.mu.Unlock()
+}
+
+// LaunchShimStopped does so with podd-shim, in podd's place, and returns its PID.
+func (n *Node) LaunchShimStopped() int {
+	n.t.Helper()
+	return n.stopped(order{Args: []string{filepath.Join(n.Bin, "podd-shim"), "--run-dir", n.RunDir()}, Log: n.at("podd.log"), Untold: true})
+}
+
+func (n *Node) stopped(o order) (pid int) {
+	n.t.Helper()
+	o.Args = append([]string{"/bin/sh", "-c", `kill -STOP $$; exec "$@"`, "sh"}, o.Args...)
+	o.Env = os.Environ()
+	pid = n.order(o)
+	Await(n.t, o.Args[4]+" standing still", 20*time.Second, func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		return err == nil && strings.Contains(string(b), ") T ")
+	})
+	return pid
+}
+
 // Run runs a program that starts daemons of this node itself, in the daemon's
 // place: what these leave behind is reaped. It returns the exit status.
 func (n *Node) Run(log string, env []string, args ...string) int {
@@ -328,11 +356,18 @@ func (n *Node) Signal(sig syscall.Signal) int {
 	if sig != syscall.SIGKILL && sig != syscall.SIGTERM && sig != syscall.SIGINT {
 		return -1
 	}
+	return n.Ended()
+}
+
+// Ended waits for the end of a daemon that was sent a signal, and returns its
+// exit status.
+func (n *Node) Ended() int {
+	n.t.Helper()
 	select {
 	case r := <-n.exited:
 		return r.Status
 	case <-time.After(Scale(20 * time.Second)):
-		n.t.Fatalf("podd does not end on %v", sig)
+		n.t.Fatal("podd does not end")
 	}
 	return -1
 }

@@ -41,6 +41,8 @@ type order struct {
 	Args []string
 	Log  string // file its output is added to
 	Env  []string
+	// Its end is reaped and not told.
+	Untold bool
 }
 
 // report tells the start or the end of an ordered program, or, last of all,
@@ -101,7 +103,7 @@ func supervise(in io.Reader, out io.Writer) error {
 		}
 		mu.Lock()
 		pid, err := begin(o)
-		if err == nil {
+		if err == nil && !o.Untold {
 			ordered[pid] = true
 		}
 		mu.Unlock()
