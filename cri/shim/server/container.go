@@ -471,6 +471,11 @@ func (s *Server) start(ctx context.Context, id string) (*shim.Process, error) {
 		return &p, nil
 	case shim.Created:
 	default:
+		if !p.StartedAt.IsZero() {
+			// It has run: who repeats a call that a shim took to its grave is
+			// told so, and not that there was no start.
+			return &p, nil
+		}
 		return nil, fmt.Errorf("container is %s: %w", p.State, errdefs.ErrFailedPrecondition)
 	}
 	if err := c.release(ctx); err != nil {

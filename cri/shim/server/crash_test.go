@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podd-runtime/podd/cri/shim"
+	"github.com/podd-runtime/podd/integration/killpoint"
 )
 
 // kill ends the shim as the OOM killer would and waits until it is gone.
@@ -537,5 +538,79 @@ func TestManyStartersOneShim(t *testing.T) {
 	text, err := exec.Command(binary, "--run-dir", n.dir, "--log-stderr").CombinedOutput()
 	if err == nil || !strings.Contains(string(text), "another podd-shim runs on") {
 		t.Errorf("second shim: %v %s", err, text)
+	}
+}
+
+// detached starts a shim that nothing here waits for, so that it can be traced.
+func (n *node) detached() {
+	n.t.Helper()
+	binary, _ := shimBinary()
+	_, err := shim.EnsureBy(n.ctx(), n.dir, nil, func(context.Context) error {
+		return exec.Command("sh", "-c", `"$0" --run-dir "$1" >/dev/null 2>&1 </dev/null &`, binary, n.dir).Run()
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// TestStartIsToldAsItWas kills the shim at each call with an effect of a start
+// whose program ends at once. Who repeats the call is told that it was started,
+// and the exit code of the program is known.
+func TestStartIsToldAsItWas(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	n.kill()
+	n.detached()
+	for point := 1; ; point++ {
+		spec := n.containerSpec(box, "echo ran >>/tmp/starts; exit 7")
+		p, err := n.Create(n.ctx(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := n.Info(n.ctx())
+		if err != nil {
+			t.Fatal(err)
+		}
+		trace, err := killpoint.Start(info.PID, killpoint.Aim{Point: point, After: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := make(chan error, 1)
+		go func() {
+			_, err := n.Start(n.ctx(), spec.ID)
+			told <- err
+		}()
+		for trace.Struck() == nil && !trace.Quiet(200*time.Millisecond) {
+			time.Sleep(time.Millisecond)
+		}
+		if trace.Stop(); trace.Struck() == nil {
+			if err := <-told; err != nil {
+				t.Errorf("nothing was killed: %v", err)
+			}
+			if point < 8 {
+				t.Errorf("only %d points", point-1)
+			}
+			return
+		}
+		adopt(p.PID)
+		// It ends with nobody there.
+		for deadline := time.Now().Add(time.Second); unix.Kill(p.PID, 0) == nil && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+		n.detached()
+		if err := <-told; err != nil {
+			t.Errorf("%v: start: %v", trace.Struck(), err)
+		}
+		if exit := n.until(shim.EventExited, spec.ID).Exit; exit.Known && exit.Code != 7 {
+			t.Errorf("%v: exit: %+v", trace.Struck(), exit)
+		}
+		starts, err := os.ReadFile(filepath.Join(n.rootfs, "tmp/starts"))
+		if err != nil || string(starts) != "ran\n" {
+			t.Errorf("%v: the program ran so: %q %v", trace.Struck(), starts, err)
+		}
+		os.Remove(filepath.Join(n.rootfs, "tmp/starts"))
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Errorf("%v: %v", trace.Struck(), err)
+		}
 	}
 }

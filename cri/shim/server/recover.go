@@ -264,10 +264,16 @@ func (s *Server) recoverContainer(r *record, fds map[string]int) (err error) {
 	if c.pidfd = take("pidfd"); c.pidfd < 0 {
 		c.pidfd = identified(r.Process.PID, r.ProcStart)
 	}
+	released := take("start")
+	if released >= 0 {
+		defer unix.Close(released)
+	}
 	c.oom = s.watchOOM(c, s.events.has(id, shim.EventOOM))
 	c.oom.check() // kills while no shim was there
-	if r.Process.State == shim.Created && c.hasStarted() {
-		// The last shim died between init's release and noting it.
+	if r.Process.State == shim.Created && (c.hasStarted() || released >= 0 && c.over()) {
+		// The last shim died between init's release and noting it. From the
+		// release on, which keeps the fifo open, nothing keeps the program from
+		// running: what has ended since has run.
 		_ = os.Remove(filepath.Join(s.path("lc"), id, execFifo))
 		c.rec.Process.State, c.rec.Process.StartedAt = shim.Running, time.Now()
 		if err := s.containers.save(&c.rec); err != nil {
@@ -335,6 +341,9 @@ func (c *container) hasStarted() bool {
 	}
 	return strings.TrimSpace(string(comm)) != initComm
 }
+
+// over says whether the recorded process has ended.
+func (c *container) over() bool { return c.pidfd < 0 || ended(c.pidfd, 0) }
 
 // undoMaking removes what a creation left that was cut off.
 func (s *Server) undoMaking(r *record) error {

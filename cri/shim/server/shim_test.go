@@ -408,8 +408,8 @@ func TestLife(t *testing.T) {
 	if want := "hello\npod-1\n0\n1\n2\n3\n"; out != want || errText != "oops\n" {
 		t.Fatalf("log: %q %q", out, errText)
 	}
-	if _, err := n.Start(n.ctx(), spec.ID); !errors.Is(err, errdefs.ErrFailedPrecondition) {
-		t.Fatalf("start of an ended container: %v", err)
+	if p, err := n.Start(n.ctx(), spec.ID); err != nil || p.Exit == nil || p.Exit.Code != 7 {
+		t.Fatalf("a start that is repeated when the container has ended: %+v %v", p, err)
 	}
 	if err := n.Delete(n.ctx(), spec.ID); err != nil {
 		t.Fatal(err)
