@@ -14,7 +14,7 @@ DEPS := gcc libc6-dev libseccomp-dev pkg-config
 TESTDEPS := $(DEPS) busybox-static iproute2 nftables dbus-daemon
 
 .DEFAULT_GOAL := help
-.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit fuzz integration soak kills critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
+.PHONY: help build podd podd-shim podd-cli examples-tool run test test-all unit fuzz integration soak kills points critest cluster-test e2e node-test node-shell bench check deb install uninstall deps test-deps clean
 
 help: ## Show this
 	@echo "podd: pods on this machine, without a cluster. Targets:"
@@ -74,6 +74,9 @@ soak: test-deps build ## 200 pods for ten minutes, podd killed every 20 s: nothi
 
 kills: test-deps build ## podd and podd-shim killed 1,000 times under churn, on a run directory that is full now and then (as root)
 	@PODD_TEST_KILLS=1000 $(GO) test -count=1 -timeout 60m -run '^TestKills$$' -v ./integration
+
+points: test-deps build ## podd and podd-shim killed at each system call with an effect, one after the other, for an hour (as root)
+	@PODD_TEST_ALL=1 $(GO) test -count=1 -timeout 3h -run '^TestNothingIsLostAtAnyPoint$$' -v ./integration
 
 node-test: test-deps ## Run the short suite on a stock Debian 12 machine in QEMU: systemd, cgroup v2, AppArmor (as root)
 	@GO='$(GO)' .ci/tests node

@@ -128,13 +128,15 @@ func (s *stage) runs() error {
 			return fmt.Errorf("does not run: %s", describePod(p))
 		}
 		if n := status(p).RestartCount; n != 0 {
-			return fmt.Errorf("told to be restarted: %s", describePod(p))
+			return broken("told to be restarted: %s", describePod(p))
 		}
-		if starts, _ := soakStarts(s.counts, p.UID); starts != 1 {
-			return fmt.Errorf("its program has started %d times: %s", starts, describePod(p))
+		if starts, _ := soakStarts(s.counts, p.UID); starts > 1 {
+			return broken("its program has started %d times: %s", starts, describePod(p))
+		} else if starts == 0 {
+			return fmt.Errorf("its program has not started: %s", describePod(p))
 		}
 		if b, _ := os.ReadFile(filepath.Join(s.counts, "init."+string(p.UID))); string(b) != "ran begins\nran ends\n" {
-			return fmt.Errorf("its init container has run so: %q", b)
+			return broken("its init container has run so: %q", b)
 		}
 		if body := fetch("http://" + p.Status.PodIP + ":8080/healthz"); body != "ok" {
 			return fmt.Errorf("no answer at %s: %q", p.Status.PodIP, body)

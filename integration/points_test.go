@@ -84,6 +84,10 @@ func newStage(t *testing.T) *stage {
 	s.WaitRunning("settle")
 	s.Remove("settle.yaml")
 	awaitGone(t, s.Node, 20*second, "settle")
+	node.Await(t, "what was removed being gone", 20*second, func() bool {
+		found, err := filepath.Glob(filepath.Join(s.Dir, "data", "images", "trash", "*"))
+		return err == nil && len(found) == 0
+	})
 	s.before, s.images = s.Count(), s.imageFiles()
 	return s
 }
@@ -97,12 +101,17 @@ func (s *stage) bystanders() map[int]bool {
 	return all
 }
 
+// forGood is a law's breach that no waiting heals.
+type forGood struct{ error }
+
+func broken(format string, args ...any) error { return forGood{fmt.Errorf(format, args...)} }
+
 // within waits until there is no error, and returns the last one.
 func within(d time.Duration, f func() error) error {
 	deadline := time.Now().Add(node.Scale(d))
 	for {
 		err := f()
-		if err == nil || time.Now().After(deadline) {
+		if err == nil || errors.As(err, &forGood{}) || time.Now().After(deadline) {
 			return err
 		}
 		time.Sleep(10 * time.Millisecond)
