@@ -127,7 +127,7 @@ func (s *stage) runs() error {
 		if !node.Running(p) || !status(p).Ready {
 			return fmt.Errorf("does not run: %s", describePod(p))
 		}
-		if n := status(p).RestartCount; n != 0 {
+		if status(p).RestartCount != 0 || p.Status.InitContainerStatuses[0].RestartCount != 0 {
 			return broken("told to be restarted: %s", describePod(p))
 		}
 		if starts, _ := soakStarts(s.counts, p.UID); starts > 1 {

@@ -42,6 +42,8 @@ type container struct {
 	oom   *oomWatch
 	execs map[*execution]struct{}
 	way   *passage // into a shared PID namespace, from creation to start
+	// starting is closed when a start that has begun is noted or has failed.
+	starting chan struct{}
 	// helm is closed at its other end by init's execve; nil after a restart.
 	helm *confine.Helm
 
@@ -478,6 +480,11 @@ func (s *Server) start(ctx context.Context, id string) (*shim.Process, error) {
 		}
 		return nil, fmt.Errorf("container is %s: %w", p.State, errdefs.ErrFailedPrecondition)
 	}
+	noted := make(chan struct{})
+	defer close(noted)
+	c.mu.Lock()
+	c.starting = noted
+	c.mu.Unlock()
 	if err := c.release(ctx); err != nil {
 		return nil, err
 	}
@@ -488,7 +495,7 @@ func (s *Server) start(ctx context.Context, id string) (*shim.Process, error) {
 	}
 	err = s.containers.save(&c.rec)
 	p = c.rec.Process
-	// Under the lock, so that no exit is logged before the start.
+	// An exit waits for that, see onExit.
 	s.events.append(shim.Event{Kind: shim.EventStarted, ID: id, PID: p.PID, At: p.StartedAt})
 	c.mu.Unlock()
 	if err != nil {
@@ -505,12 +512,13 @@ const releaseGrace = 5 * time.Second
 
 // release opens the fifo that init blocks on and waits for its sign of life.
 func (c *container) release(ctx context.Context) error {
-	// Before the fifo is open: a short program may have ended a moment after that.
+	// First: once the fifo is open the program may have run and ended, and all
+	// that is left of it is closed.
 	c.mu.Lock()
 	pidfd, err := unix.FcntlInt(uintptr(c.pidfd), unix.F_DUPFD_CLOEXEC, 0)
 	c.mu.Unlock()
 	if err != nil {
-		return c.endedEarly()
+		return fmt.Errorf("init has ended before it was started: %w", errdefs.ErrFailedPrecondition)
 	}
 	defer unix.Close(pidfd)
 	path := filepath.Join(c.s.path("lc"), c.rec.Process.ID, execFifo)
@@ -537,7 +545,7 @@ func (c *container) release(ctx context.Context) error {
 			break
 		}
 		if fds[1].Revents != 0 {
-			return c.endedEarly()
+			return fmt.Errorf("init has ended before it was started: %w", errdefs.ErrFailedPrecondition)
 		}
 		if ready == 0 && c.hasStarted() {
 			break // a shim before us has taken its sign of life, and died
@@ -557,19 +565,6 @@ func (c *container) release(ctx context.Context) error {
 		return err
 	}
 	return c.executed(pidfd)
-}
-
-// endedEarly says how init ended that was not started yet.
-func (c *container) endedEarly() error {
-	select {
-	case <-c.exited:
-	case <-time.After(time.Second): // it ends just now
-	}
-	how := "it is not known how"
-	if exit := c.snapshot().Exit; exit != nil && exit.Known {
-		how = fmt.Sprintf("exit code %d, signal %d", exit.Code, exit.Signal)
-	}
-	return fmt.Errorf("init has ended before it was started (%s): %w", how, errdefs.ErrFailedPrecondition)
 }
 
 // executed waits until init has become the container's program, or has ended,
@@ -626,6 +621,14 @@ func (c *container) onExit(exit shim.Exit) {
 		exit.MemoryPeak = c.oom.peak()
 	}
 	drained := c.out.finish()
+	c.mu.Lock()
+	starting := c.starting
+	c.mu.Unlock()
+	if starting != nil {
+		// No exit is recorded or logged before its start: a shim that dies in
+		// between would leave a program that has run as one that never did.
+		<-starting
+	}
 	c.mu.Lock()
 	made := !c.rec.Making
 	c.rec.Process.Exit = &exit

@@ -614,3 +614,36 @@ func TestStartIsToldAsItWas(t *testing.T) {
 		}
 	}
 }
+
+// TestStartOfAProgramThatEndsAtOnceSucceeds traces the shim, which makes it slow,
+// so that programs end while their start is still under way.
+func TestStartOfAProgramThatEndsAtOnceSucceeds(t *testing.T) {
+	n := newNode(t)
+	box := n.sandbox()
+	n.kill()
+	n.detached()
+	info, err := n.Info(n.ctx())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		spec := n.containerSpec(box, "exit 7")
+		if _, err := n.Create(n.ctx(), spec); err != nil {
+			t.Fatal(err)
+		}
+		trace, err := killpoint.Start(info.PID, killpoint.Aim{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.Start(n.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+		trace.Stop()
+		if exit := n.until(shim.EventExited, spec.ID).Exit; !exit.Known || exit.Code != 7 {
+			t.Errorf("exit: %+v", exit)
+		}
+		if err := n.Delete(n.ctx(), spec.ID); err != nil {
+			t.Error(err)
+		}
+	}
+}
