@@ -408,6 +408,25 @@ func TestStatusGoesNotBackWhenAStartFails(t *testing.T) {
 	})
 }
 
+// What podd was making for a pod as it was killed, before there was a record of
+// it, goes when the pod is over by the time that podd begins again.
+func TestPodIsOverAfterAKillDuringItsSetup(t *testing.T) {
+	for call, back := range map[string]string{"Setup!": "Teardown", "EnsureCgroup!": "RemoveCgroup"} {
+		play(t, func(s *script) {
+			made := make(chan struct{})
+			s.before(call, func() { close(made); time.Sleep(time.Second) })
+			s.make(pod())
+			<-made
+			s.kill()
+			s.mayForget()
+			s.api.change("p", false, func(p *v1.Pod) { p.Status.Phase, p.Status.Reason = v1.PodFailed, lostByOthers })
+			s.lose("refuse " + back + " p-1") // of who sweeps
+			s.begin()
+			s.wait(time.Minute)
+		})
+	}
+}
+
 // A generation that comes twice, as a backup is restored, is another spec.
 func TestGenerationThatComesTwice(t *testing.T) {
 	for _, killed := range []bool{false, true} {

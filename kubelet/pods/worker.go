@@ -174,6 +174,10 @@ func (w *worker) begin() bool {
 		maps.Copy(l.attempts, w.before.attempts)
 	}
 	w.before = former{}
+	if l.o.Completed || n.pod.DeletionTimestamp != nil {
+		// It ends at once, with what a podd that was killed may have made for it.
+		l.o.Cgroup, l.o.Volumes = StepUnknown, StepUnknown
+	}
 	w.lives = append(w.lives, l)
 	w.log.Info("pod begins", "uid", n.pod.UID, "source", n.source)
 	if n.pod.DeletionTimestamp != nil {
