@@ -13,6 +13,7 @@ package model
 
 import (
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -23,7 +24,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/go-logr/logr"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"k8s.io/klog/v2"
 )
@@ -41,7 +41,8 @@ func TestMain(m *testing.M) {
 	// client-go's own waits at least so long after the error before, and that was
 	// at another time: that of the world before, or of ours.
 	utilruntime.ErrorHandlers = nil
-	klog.SetLogger(logr.Discard())
+	klog.LogToStderr(false)
+	klog.SetOutput(io.Discard)
 	debug.SetGCPercent(400) // worlds are small and many
 	os.Exit(m.Run())
 }
