@@ -6,7 +6,7 @@
 // goes (truth_test.go) and whenever it has settled (laws_test.go).
 //
 //	PODD_TEST_SEED=n  one history again, with its story
-//	PODD_TEST_ALL=1   a hundred thousand histories, or ten minutes of them
+//	PODD_TEST_ALL=1   a hundred thousand histories, or eight minutes of them
 //
 // A bug that is found becomes a history with a name, in named_test.go.
 package model
@@ -29,8 +29,9 @@ import (
 )
 
 const (
-	// short and long are how long histories are drawn for.
-	short, long = 20 * time.Second, 10 * time.Minute
+	// short and long are how long histories are drawn for; a package of tests has ten
+	// minutes.
+	short, long = 20 * time.Second, 8 * time.Minute
 	// few and many are how many histories that may be.
 	few, many = 500, 100_000
 	// steps of a round; after each round the world settles.
