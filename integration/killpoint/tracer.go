@@ -10,6 +10,7 @@
 package killpoint
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -146,6 +147,8 @@ func (l *loop) seize() error {
 			switch err := ptrace(unix.PTRACE_SEIZE, tid, 0, options); {
 			case errors.Is(err, unix.ESRCH):
 				continue // ended
+			case errors.Is(err, unix.EPERM) && l.over(tid):
+				continue
 			case errors.Is(err, unix.EPERM) && l.child(tid):
 			case err != nil:
 				return err
@@ -158,6 +161,16 @@ func (l *loop) seize() error {
 		}
 	}
 	return nil
+}
+
+// over says that a thread has ended and is only a name any more.
+func (l *loop) over(tid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", l.t.pid, tid))
+	if err != nil {
+		return true
+	}
+	_, state, _ := strings.Cut(string(b[bytes.LastIndexByte(b, ')'):]), " ")
+	return strings.HasPrefix(state, "Z") || strings.HasPrefix(state, "X")
 }
 
 // child says that a thread is traced by us since its beginning.

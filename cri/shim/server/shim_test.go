@@ -144,7 +144,7 @@ func newNode(t testing.TB, prepare ...func(dir string)) *node {
 		start, _ := os.ReadFile(filepath.Join(dir, "shim/start.log"))
 		t.Fatalf("%v\n%s", err, start)
 	}
-	n.events, err = n.Events(ctx, 0)
+	n.events, err = n.Events(t.Context(), 0) // as long as the test
 	if err != nil {
 		t.Fatal(err)
 	}
