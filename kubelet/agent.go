@@ -369,11 +369,14 @@ func (a *agent) waitEmpty(ctx context.Context) error {
 	ctx, leave := context.WithCancel(ctx)
 	defer leave()
 	changes := a.table.Watch(ctx, "")
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
 	for len(a.table.Pods()) > 0 {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changes:
+		case <-look.C: // nothing is told of a pod whose record was lost and whose source is silent
 		}
 	}
 	list, err := a.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
