@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -14,6 +15,10 @@ import (
 
 // lockFile is in every directory that is podd's.
 const lockFile = "podd.lock"
+
+// lockPatience is waited for a lock: a podd that was killed just now may have
+// left a child between fork and execve, which has its descriptors until then.
+const lockPatience = 2 * time.Second
 
 // lock makes dir, for root alone, and takes it for this process. The kernel
 // gives it back when the process ends, however it ends.
@@ -26,7 +31,12 @@ func lock(dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for deadline := time.Now().Add(lockPatience); err != nil && time.Now().Before(deadline); {
+		time.Sleep(10 * time.Millisecond)
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
 		file.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%s is in use by another podd: stop that one, or give this one directories of its own (--data-dir, --run-dir): %w", dir, errdefs.ErrAlreadyExists)
